@@ -1,6 +1,6 @@
 """What a script says, and how it ends, when its input cannot be used.
 
-Every script ends in `sys.exit(run(main, parse_args()))`: 0 is done, 1 is a check that found faults, 2 is refused
+Every script ends in `sys.exit(run(main, parse_args))`: 0 is done, 1 is a check that found faults, 2 is refused
 input, told in one line on stderr. A traceback therefore always means a fault of ours, never one of the user's.
 """
 
@@ -17,15 +17,15 @@ class Refused(ValueError):
     """Input that cannot be used; the message says what was given, what was expected and what to do."""
 
 
-def run(main: Callable[[Namespace], int | None], args: Namespace) -> int:
-    """Call `main(args)` and return the exit status of the process.
+def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namespace]) -> int:
+    """Call `main(parse_args())` and return the exit status of the process.
 
     Returns:
         What `main` returned (None counts as 0), 2 after `Refused` or a full disk, 130 after ^C.
     """
     script = Path(sys.argv[0]).name
     try:
-        return main(args) or 0
+        return main(parse_args()) or 0
     except Refused as refusal:
         print(f"{script}: {' '.join(str(refusal).split())}", file=sys.stderr)
         return 2

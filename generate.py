@@ -1,0 +1,187 @@
+"""Generate synthetic chest radiographs from text.
+
+    python generate.py --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly." --lora out/fold2
+
+Writes to images/ (--output_dir):
+
+    <prompt>_<seed>_<hash>.png   8-bit grey; how it was made is in its text chunks
+    images.jsonl                 the same, a row an image
+    contact_sheet.png            this command's images, a row a prompt
+
+Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise. The hash is one
+of everything an image depends on: the same command leaves finished images alone, another never overwrites them.
+"""
+
+import argparse
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from utils.files import canonical_json, read_jsonl, sha256_file, write_bytes, write_jsonl
+from utils.hardware import choose_mixed_precision, use_all_cores
+from utils.lora import find_adapter, read_adapter
+from utils.pipeline import SCHEDULERS, assemble, cast_frozen, default_base, load_base, put_on_adapter, sample
+from utils.refusal import Refused, run
+from utils.report import contact_sheet, save_png
+
+DISCLAIMER = "Synthetic image made by a diffusion model; it shows no patient. Not for diagnosis."
+SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = parser.add_argument_group("what").add_argument
+    add("--prompt", action="append", default=[], help="text of a film; repeat for more")
+    add("--prompts_file", type=Path, help="text file with a prompt a line")
+    add("--num_images", type=int, default=1, help="images a prompt [1]")
+    add("--seed", type=int, default=0, help="image j starts from the noise of seed + j [0]")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--lora", type=Path, help="adapter: a run's folder or a safetensors file [none: the bare base]")
+    add("--lora_scale", type=float, default=1.0, help="weight of the adapter; 0 is the bare base [1]")
+    add("--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [the adapter's own base]")
+    add("--revision", help="branch, tag or commit of the base on the hub")
+    add("--variant", help="infix of the base's weight files, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_inference_steps", type=int, default=25, help="solver steps [25]")
+    add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance; 1 is none [4]")
+    add("--scheduler", choices=sorted(SCHEDULERS), default="dpmsolver++", help="solver [dpmsolver++]")
+    add("--resolution", type=int, help="side in pixels [the adapter's own, else the base's]")
+    add("--batch_size", type=int, default=4, help="images at a time; short batches are filled up [4]")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, default=Path("images"), help="folder of the images [images]")
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
+    for name in ("num_images", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
+    if args.seed < 0:
+        raise Refused(f"--seed {args.seed}; expected 0 or more")
+    if choose_mixed_precision(args.mixed_precision) == "fp16" and not torch.cuda.is_available():
+        raise Refused("--mixed_precision fp16 needs a CUDA device and there is none here; use bf16 or no")
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """Return the prompts of the command line and of a file, without blank ones."""
+    lines = []
+    if file is not None:
+        if not file.is_file():
+            raise Refused(f"no prompts at {file}; expected a text file with a prompt a line")
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise Refused(f"{file} is no text file in UTF-8 ({error.reason})") from error
+    kept = [text.strip() for text in [*prompts, *lines] if text.strip()]
+    if not kept:
+        raise Refused('no prompt; expected --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly."')
+    return list(dict.fromkeys(kept))
+
+
+def file_name(image: dict) -> str:
+    """Return a name that says what an image shows and differs for images that differ in anything."""
+    words = re.sub(r"[^a-z0-9]+", "-", image["prompt"].lower()).strip("-")[:60].strip("-")
+    digest = hashlib.sha256(canonical_json(image).encode()).hexdigest()[:8]
+    return f"{words}_{image['seed']}_{digest}.png"
+
+
+def encode_png(film: torch.Tensor, image: dict) -> bytes:
+    """Return a film, uint8 [H, W], as PNG with its provenance in text chunks; equal films give equal bytes."""
+    chunks = PngInfo()
+    chunks.add_text("Synthetic", "YES")
+    chunks.add_text("Disclaimer", DISCLAIMER)
+    for name, value in image.items():
+        chunks.add_itxt(name, "none" if value is None else str(value))
+    buffer = io.BytesIO()
+    Image.fromarray(film.numpy()).save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    prompts = read_prompts(args.prompt, args.prompts_file)
+
+    # The base, and the adapter on it
+    adapter, header, adapter_file = {}, {}, None
+    if args.lora is not None:
+        adapter_file = find_adapter(args.lora)
+        adapter, header = read_adapter(adapter_file)
+    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    name = args.pretrained_model_name_or_path or header.get("base") or default_base()
+    base = load_base(name, args.revision, args.variant, args.cache_dir)
+    resolution = args.resolution or header.get("resolution") or base.resolution
+    if resolution % base.pixel_multiple:
+        raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
+    pipeline = assemble(base, args.scheduler)
+    if adapter:
+        put_on_adapter(pipeline, adapter, args.lora_scale)
+    cast_frozen(base.unet, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision])
+    base.vae.to(accelerator.device)
+    for model in (base.unet, base.text_encoder):
+        accelerator.prepare_model(model.eval(), evaluation_mode=True)
+    print(f"base {name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}")
+
+    # What is asked for, less what an earlier call of the same command has made
+    images = [
+        {
+            "prompt": prompt, "seed": args.seed + j, "base": name, "base_revision": args.revision,
+            "adapter_sha256": sha256_file(adapter_file) if adapter_file else None, "lora_scale": args.lora_scale,
+            "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
+            "scheduler": args.scheduler, "resolution": resolution, "mixed_precision": accelerator.mixed_precision,
+            "batch_size": args.batch_size,
+        }
+        for prompt in prompts
+        for j in range(args.num_images)
+    ]  # fmt: skip
+    names = [file_name(image) for image in images]
+    record = args.output_dir / "images.jsonl"
+    recorded = {row["file_name"]: row for row in read_jsonl(record)} if record.exists() else {}
+    missing = [i for i in range(len(images)) if not (args.output_dir / names[i]).exists()]
+
+    # One generator an image: it does not depend on what else is asked for
+    films = sample(
+        pipeline, [images[i]["prompt"] for i in missing], [images[i]["seed"] for i in missing], resolution,
+        args.num_inference_steps, args.guidance_scale, args.batch_size,
+    )  # fmt: skip
+    for i, film in zip(missing, tqdm(films, total=len(missing), desc="generating", unit="image"), strict=True):
+        write_bytes(args.output_dir / names[i], encode_png(film, images[i]))
+    for name, image in zip(names, images, strict=True):
+        digest = sha256_file(args.output_dir / name)
+        recorded[name] = {"file_name": name} | image | {"synthetic": True, "sha256": digest}
+    write_jsonl(record, recorded.values())
+
+    # What a person looks at
+    shown = [
+        [
+            np.asarray(Image.open(args.output_dir / names[row * args.num_images + j]))
+            for j in range(min(args.num_images, SHEET_COLUMNS))
+        ]
+        for row in range(min(len(prompts), SHEET_ROWS))
+    ]
+    seeds = [f"seed {args.seed + j}" for j in range(len(shown[0]))]
+    sheet = contact_sheet(shown, prompts[: len(shown)], seeds, DISCLAIMER)
+    save_png(args.output_dir / "contact_sheet.png", sheet)
+    print(f"{len(missing)} new of {len(images)} images in {args.output_dir}; look at {args.output_dir}/contact_sheet.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_args))

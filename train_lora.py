@@ -1,0 +1,630 @@
+"""Fine-tune LoRA adapters on the UNet and the text encoder of a Stable Diffusion, on captioned chest radiographs.
+
+    accelerate launch train_lora.py --fold 2
+
+Trains on every fold but --fold, less a tenth of the patients for validation, and writes to out/fold2/ (--output_dir):
+
+    pytorch_lora_weights.safetensors   the best adapter by validation SSIM; loads in any StableDiffusionPipeline
+    README.md                          its model card
+    config.json                        what was asked, on which data, with which versions
+    log.jsonl, validation.jsonl        a row an optimizer step, a row a validation
+    curves.png, samples/               the same as pictures
+    checkpoint-<step>/                 what the same command, typed again, goes on from, exactly
+    logs/                              for TensorBoard
+
+The loop is below; `utils/` holds what would distract from it.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from utils.card import model_card
+from utils.checkpoint import clear_run, find_start, prune_checkpoints, save_checkpoint
+from utils.diffusion import min_snr_weights
+from utils.early_stopping import EarlyStopping
+from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
+from utils.folds import split_fold, with_folds
+from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
+from utils.latents import TrainingStream, cache_posteriors, mean_film
+from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
+from utils.metadata import dataset_hash, read_metadata
+from utils.pipeline import BUNDLED_BASE, BaseModel, assemble, cast_frozen, default_base, load_base, sample
+from utils.refusal import Refused, run
+from utils.report import contact_sheet, draw_curves, save_png
+from utils.runlog import cut_back, package_versions
+from utils.seeding import derive_seed
+from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score_model, summarise
+
+# What a run takes where the command line is silent
+RECIPES = {
+    "cxr-tiny": dict(max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3),
+    "stable-diffusion": dict(max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5),
+}
+SAMPLE_PROMPTS = (
+    "PA chest radiograph of a 60-year-old man. No acute finding.",
+    "PA chest radiograph of a 60-year-old man. Cardiomegaly.",
+    "AP chest radiograph of a 30-year-old woman. Pneumonia.",
+)
+FLUSH_EVERY = 25  # steps between reads of the loss, each of which waits for the device
+
+# Settings that may differ between a run and its resume: where and how it is watched, not what it computes
+FREE_SETTINGS = {
+    "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
+    "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
+    "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line: the flags of diffusers' train_text_to_image_lora.py, and ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", default="data", help="folder of images and metadata.jsonl, from download.py [data]")
+    add("--dataset_name", help="the same folder, by the name that diffusers' script gives it")
+    add("--fold", type=int, default=0, help="the fold that is held out; evaluate.py alone touches it [0]")
+    add(
+        "--group_by",
+        choices=["patient_id", "image"],
+        default="patient_id",
+        help="image: every image is its own patient",
+    )
+    add("--image_column", default="file_name", help="column of the image's file name [file_name]")
+    add("--caption_column", default="text", help="column of the caption [text]")
+    add("--max_train_samples", type=int, help="train on at most so many films, drawn by --seed")
+    add("--max_validation_samples", type=int, default=64, help="validate on at most so many films [64]")
+    add("--cache_dir", help="where latents (and hub downloads, if given) are kept [cache]")
+
+    add = parser.add_argument_group("base model").add_argument
+    add(
+        "--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [SD 1.5 with CUDA, else the bundled]"
+    )
+    add("--revision", help="branch, tag or commit of the base on the hub")
+    add("--variant", help="infix of the base's weight files, such as fp16")
+    add("--resolution", type=int, help="side of the films in pixels [the base's own]")
+    add("--center_crop", action="store_true", help="accepted; films are centred always, as latents are cached")
+    add("--random_flip", action="store_true", help="mirror half of the films; puts the heart on the right")
+    add("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear"], help="[lanczos]")
+
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=int, default=16, help="rank of the UNet's adapter [16]")
+    add("--lora_alpha", type=float, help="the update is scaled by alpha / rank [the rank]")
+    add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
+    add("--snr_gamma", type=float, default=5.0, help="Min-SNR weighting; 0 weighs all timesteps alike [5]")
+    add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
+    add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=int, default=16, help="films a process and a micro-step [16]")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps an optimizer step [1]")
+    add("--max_train_steps", type=int, help="optimizer steps [1000 for the bundled base, else 4000]")
+    add("--num_train_epochs", type=int, help="the same in passes over the films; --max_train_steps wins")
+    add("--learning_rate", type=float, help="of the UNet's adapter [1e-3 for the bundled base, else 1e-4]")
+    add("--text_encoder_lr", type=float, help="of the text encoder's [1e-3 for the bundled base, else 1e-5]")
+    add("--scale_lr", action="store_true", help="multiply both by the films of an optimizer step")
+    add("--lr_scheduler", default="cosine", choices=[kind.value for kind in SchedulerType], help="[cosine]")
+    add("--lr_warmup_steps", type=int, help="steps of linear warm-up [5 %% of the steps]")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, by bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment [0.9]")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment [0.999]")
+    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay [0.01]")
+    add("--adam_epsilon", type=float, default=1e-8, help="[1e-8]")
+    add("--max_grad_norm", type=float, default=1.0, help="L2 norm that the gradient is clipped to [1]")
+    add("--seed", type=int, default=0, help="of everything random [0]")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_steps", type=int, help="optimizer steps between validations [a tenth of the steps]")
+    add("--validation_epochs", type=int, help="the same in passes over the films")
+    add("--validation_batch_size", type=int, default=16, help="films at a time [16]")
+    add("--validation_prompt", action="append", help="prompt of the sample grid; repeat for more [three of ours]")
+    add("--num_validation_images", type=int, default=4, help="samples a prompt; 0 draws none [4]")
+    add("--early_stopping_patience", type=int, default=3, help="validations without a gain in SSIM; 0 goes on [3]")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+    add("--allow_tf32", action="store_true", help="TensorFloat-32 matrix products on Ampere and later")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read films and latents [0]")
+    add("--local_rank", type=int, default=-1, help="accepted; accelerate knows it")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="the run's folder [out/fold<k>]")
+    add("--resume_from_checkpoint", default="latest", help="latest, a checkpoint's folder, or none: afresh [latest]")
+    add("--overwrite", action="store_true", help="let --resume_from_checkpoint none delete a finished run")
+    add("--checkpointing_steps", type=int, default=100, help="optimizer steps between checkpoints [100]")
+    add("--checkpoints_total_limit", type=int, default=2, help="newest checkpoints that are kept; 0 keeps all [2]")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="[tensorboard]")
+    add("--logging_dir", default="logs", help="TensorBoard's folder within the run's [logs]")
+    add("--push_to_hub", action="store_true", help="upload adapter, card, records and samples at the end")
+    add("--hub_token", help="[the one that `hf auth login` saved]")
+    add("--hub_model_id", help="repository on the hub [the run folder's name]")
+
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or f"out/fold{args.fold}"
+    args.train_data_dir = args.dataset_name or args.train_data_dir
+    args.pretrained_model_name_or_path = (
+        args.pretrained_model_name_or_path or recorded_base(Path(args.output_dir)) or default_base()
+    )
+    recipe = RECIPES["cxr-tiny" if args.pretrained_model_name_or_path == BUNDLED_BASE else "stable-diffusion"]
+    if args.num_train_epochs is not None:
+        recipe = {name: value for name, value in recipe.items() if name != "max_train_steps"}
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    return args
+
+
+def recorded_base(run_dir: Path) -> str | None:
+    """Return the base model that a run began with, None for a new run."""
+    config = run_dir / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["base"]
+    except (ValueError, KeyError) as error:
+        raise Refused(
+            f"{config} is damaged; delete it, or name the base with --pretrained_model_name_or_path"
+        ) from error
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
+    least = dict(
+        rank=1, text_encoder_rank=0, train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1,
+        num_train_epochs=1, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
+        max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
+        checkpoints_total_limit=0, snr_gamma=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=0,
+        lora_alpha=0, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64,
+    )  # fmt: skip
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and not smallest <= value < math.inf:
+            raise Refused(f"--{name} {value}; expected a finite number from {smallest} on")
+    if not 0 <= args.caption_dropout <= 1:
+        raise Refused(f"--caption_dropout {args.caption_dropout}; expected a share from 0 to 1")
+    if choose_mixed_precision(args.mixed_precision) == "fp16" and not torch.cuda.is_available():
+        raise Refused("--mixed_precision fp16 needs a CUDA device and there is none here; use bf16 or no")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise Refused("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise Refused(
+            f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
+        )
+    if not Path(args.train_data_dir).is_dir():
+        raise Refused(f"no data at {args.train_data_dir}; fetch some first, see python download.py --list_sources")
+
+
+def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
+    """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
+    if most >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(derive_seed(seed, "rows")).sample(range(len(rows)), most))]
+
+
+def flush(
+    pending: list[dict],
+    accelerator: Accelerator,
+    log: Path,
+    names: list[str],
+    stream: TrainingStream,
+    films_a_step: int,
+) -> None:
+    """Read the losses of the last steps from the device, check them and write them to the log.
+
+    Args:
+        pending: a row a step; `loss` is a scalar tensor of this process, `grad_norm` one or a number, `position` that
+            of the step's first film in the stream.
+        accelerator: the processes to average over.
+        log: the JSON-lines file.
+        names: file names of the training films.
+        stream: which film stands where.
+        films_a_step: films an optimizer step, over all processes.
+
+    Raises:
+        Refused: for a loss or a gradient that is not finite, with its step and films. A loss scaler skips steps whose
+            gradient overflowed fp16 and lowers its scale, so there only the loss counts.
+    """
+    losses = accelerator.reduce(torch.stack([row["loss"] for row in pending]), "mean").tolist()
+    norms = torch.stack([torch.as_tensor(row["grad_norm"]) for row in pending]).tolist()
+    rows = []
+    for row, loss, norm in zip(pending, losses, norms, strict=True):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
+            films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
+            raise Refused(
+                f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint is kept. Lower the learning "
+                f"rate or use --mixed_precision bf16 or no. Films of the step: {', '.join(films)}"
+            )
+        finite_norm = norm if math.isfinite(norm) else None
+        rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": finite_norm})
+    if accelerator.is_main_process:
+        append_jsonl(log, [row | {"num_processes": accelerator.num_processes} for row in rows])
+        for row in rows:
+            accelerator.log(
+                {name: row[name] for name in ("loss", "lr", "grad_norm") if row[name] is not None}, row["step"]
+            )
+
+
+def draw_samples(live: BaseModel, args: argparse.Namespace, step: int, resolution: int) -> Image.Image:
+    """Return a contact sheet of generated films, a row a prompt, the same noise in every row, as in generate.py."""
+    prompts, seeds = args.validation_prompt or list(SAMPLE_PROMPTS), list(range(args.num_validation_images))
+    films = [
+        film.numpy()
+        for film in sample(
+            assemble(live), [prompt for prompt in prompts for _ in seeds], seeds * len(prompts), resolution,
+            num_inference_steps=25, guidance_scale=4.0, batch_size=min(len(seeds) * len(prompts), 16),
+        )
+    ]  # fmt: skip
+    rows = [films[i : i + len(seeds)] for i in range(0, len(films), len(seeds))]
+    footer = f"Synthetic, not for diagnosis. Step {step}, guidance 4, 25 steps."
+    return contact_sheet(rows, prompts, [f"seed {seed}" for seed in seeds], footer)
+
+
+def track_samples(accelerator: Accelerator, sheet: Image.Image, step: int) -> None:
+    """Send generated films, never a patient's, to the tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(sheet)[None, :, :, None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"samples": [sheet]}, step=step)
+
+
+def push(run_dir: Path, repository: str | None, token: str | None) -> None:
+    """Upload the adapter, its card and its records to the Hugging Face hub; no film of a patient is among them."""
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
+        files = [WEIGHTS_NAME, "README.md", "config.json", "*.jsonl", "curves.png", "samples/*.png"]
+        api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=files)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"trained, but not uploaded ({reason}); type the command again to upload only") from error
+    print(f"uploaded to {repo_id}")
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    run_dir, data_dir, cache_dir = Path(args.output_dir), Path(args.train_data_dir), Path(args.cache_dir or "cache")
+
+    # Films: one fold is held out and a tenth of the other folds' patients validates
+    rows = with_folds(read_metadata(data_dir, args.image_column, args.caption_column), group_by=args.group_by)
+    training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
+    validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
+    if args.max_train_samples is not None:
+        training_rows = draw_rows(training_rows, args.max_train_samples, args.seed)
+        rows = training_rows + validation_rows
+    data_hash = dataset_hash(training_rows + validation_rows)
+
+    # Devices and precision
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=choose_mixed_precision(args.mixed_precision),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(run_dir),
+    )
+    device, say = accelerator.device, accelerator.print
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    if device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
+        f"{accelerator.num_processes} x {device.type}")  # fmt: skip
+    say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "
+        f"{len(held_out_rows)} held out")  # fmt: skip
+
+    # How long, in optimizer steps
+    films_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_an_epoch = math.ceil(len(training_rows) / films_a_step)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_an_epoch
+    validation_steps = (
+        args.validation_steps
+        or (args.validation_epochs and args.validation_epochs * steps_an_epoch)
+        or max(1, max_train_steps // 10)
+    )
+
+    # A run goes on from its last checkpoint, with the settings it began with
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    settings |= {"mixed_precision": accelerator.mixed_precision, "data_hash": data_hash}
+    settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
+    state, tensors, remark = find_start(
+        run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite
+    )
+    say(remark)
+    if accelerator.is_main_process and state is None:
+        clear_run(run_dir)
+    accelerator.wait_for_everyone()
+
+    # The frozen base
+    base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    noise_scheduler, tokenizer = base.noise_scheduler, base.tokenizer
+    if args.prediction_type is not None:
+        noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+    resolution = args.resolution or base.resolution
+    if resolution % base.pixel_multiple:
+        raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
+    vae = base.vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    scaling_factor = vae.config.scaling_factor
+
+    # Latents, once for all folds, and captions as tokens
+    caching = dict(
+        directory=data_dir, rows=rows, vae=vae, cache_dir=cache_dir, resolution=resolution,
+        interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
+        num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone, owner=str(run_dir),
+    )  # fmt: skip
+    posteriors = cache_posteriors(**caching)
+    mirrored = cache_posteriors(**caching, mirrored=True) if args.random_flip else None
+    if args.random_flip:
+        say(
+            "--random_flip: half of the films are mirrored, with their hearts on the right and their captions as before"
+        )
+    place = {row["file_name"]: i for i, row in enumerate(rows)}
+
+    def tokenize(captions: Sequence[str]) -> Tensor:
+        options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+        return tokenizer(list(captions), return_tensors="pt", **options).input_ids
+
+    captions = [row["text"] for row in training_rows]
+    too_long = sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
+    say(f"{too_long} of {len(captions)} captions are cut at {tokenizer.model_max_length} tokens")
+    stream = TrainingStream(
+        posteriors, [place[row["file_name"]] for row in training_rows], tokenize(captions), args.seed, mirrored
+    )
+    bank = film_bank(
+        data_dir, validation_rows, posteriors, [place[row["file_name"]] for row in validation_rows],
+        tokenize(row["text"] for row in validation_rows), scaling_factor, resolution, args.image_interpolation_mode,
+    )  # fmt: skip
+    empty_ids = tokenize([""]).to(device)  # [1, L]
+
+    # Adapters in fp32 on the attention of the base, whose UNet is cast to the precision of the arithmetic
+    unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
+    unet_parameters = add_lora(unet, args.rank, args.lora_alpha, derive_seed(args.seed, "unet"))
+    text_encoder_parameters = add_lora(
+        text_encoder, args.text_encoder_rank, args.lora_alpha * args.text_encoder_rank / args.rank,
+        derive_seed(args.seed, "text_encoder"),
+    )  # fmt: skip
+    lora_parameters = unet_parameters + text_encoder_parameters
+    cast_frozen(unet, weight_dtype)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        if problem := xformers_problem():
+            warn_once_about_xformers(problem)
+        else:
+            unet.enable_xformers_memory_efficient_attention()
+
+    # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
+    rate_factor = films_a_step if args.scale_lr else 1
+    groups = [{"params": unet_parameters, "lr": args.learning_rate * rate_factor}]
+    if text_encoder_parameters:
+        groups.append({"params": text_encoder_parameters, "lr": args.text_encoder_lr * rate_factor})
+    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(groups, **adam)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **adam)
+    warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else round(0.05 * max_train_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
+    )
+
+    # The schedule is not prepared: accelerate would step it once for every process
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    text_encoder = accelerator.prepare_model(text_encoder, evaluation_mode=not text_encoder_parameters)
+    early_stopping = EarlyStopping(patience=args.early_stopping_patience)
+    first_step = position = 0
+    live_unet, live_text_encoder = (accelerator.unwrap_model(model) for model in (unet, text_encoder))
+    live_tensors = trainable_tensors(unet=live_unet, text_encoder=live_text_encoder)
+    live = replace(base, unet=live_unet, text_encoder=live_text_encoder)
+    if state is not None:
+        with torch.no_grad():
+            for name, tensor in live_tensors.items():
+                tensor.copy_(tensors["adapters"][name])
+        optimizer.load_state_dict(tensors["optimizer"])
+        lr_scheduler.load_state_dict(tensors["lr_scheduler"])
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(tensors["scaler"])
+        early_stopping = EarlyStopping(**state["early_stopping"])
+        first_step, position = state["step"], state["position"]
+    loss_weights = min_snr_weights(
+        noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
+    ).to(device)  # [T]
+
+    # The record
+    log, validation_log = run_dir / "log.jsonl", run_dir / "validation.jsonl"
+    config = {
+        "base": args.pretrained_model_name_or_path, "fold": args.fold, "resolution": resolution, "settings": settings,
+        "train_data_dir": args.train_data_dir, "cache_dir": str(cache_dir), "versions": package_versions(),
+        "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
+    }  # fmt: skip
+    if accelerator.is_main_process:
+        write_json(run_dir / "config.json", config)
+        for path in (log, validation_log):
+            cut_back(path, first_step if state is not None else -1)
+        prune_checkpoints(run_dir, 0)
+    accelerator.init_trackers(args.logging_dir)
+
+    share = range(accelerator.process_index, len(bank), accelerator.num_processes)
+
+    def validate(step: int) -> bool:
+        """Score the adapters as they stand, draw samples, keep them if they are the best, and return whether to stop."""
+        with eval_mode(live_unet, live_text_encoder):
+            scores = score_model(
+                bank, live_unet, live_text_encoder, vae, noise_scheduler, args.validation_batch_size, share
+            )
+            if step == 0:
+                mean = mean_film(data_dir, training_rows, resolution, args.seed)
+                scores |= score_bounds(bank, vae, noise_scheduler, mean, args.validation_batch_size, share)
+            scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
+            is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
+            if not accelerator.is_main_process:
+                return early_stopping.should_stop
+            row = {"step": step} | summarise(scores) | {"best_step": early_stopping.best_step}
+            append_jsonl(validation_log, [row])
+            rows_so_far = read_jsonl(validation_log)
+            draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], rows_so_far)
+            if args.num_validation_images:
+                sheet = draw_samples(live, args, step, resolution)
+                save_png(run_dir / "samples" / f"step-{step:06d}.png", sheet)
+                track_samples(accelerator, sheet, step)
+            accelerator.log({f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}, step=step)
+        if is_best:
+            header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": resolution}
+            header |= {"settings": settings, "data_hash": data_hash, "metrics": row}
+            save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
+        tqdm.write(
+            f"step {step}: SSIM {row['ssim']:.4f}, PSNR {row['psnr']:.2f} dB, MSE {row['mse']:.4f}"
+            + (", the best so far" if is_best else "")
+        )
+        return early_stopping.should_stop
+
+    def save(step: int, finished: bool) -> None:
+        """Write a checkpoint from which this command goes on as if it had never stopped."""
+        if accelerator.is_main_process:
+            state = {
+                "step": step, "position": position, "finished": finished, "num_processes": accelerator.num_processes,
+                "settings": settings, "early_stopping": asdict(early_stopping),
+            }  # fmt: skip
+            tensors = {
+                "adapters": {name: tensor.detach().cpu() for name, tensor in live_tensors.items()},
+                "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }  # fmt: skip
+            save_checkpoint(run_dir, step, state, tensors)
+            prune_checkpoints(run_dir, args.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
+
+    if state is None:
+        validate(0)
+    unet.train()
+    text_encoder.train()
+    stopped = state is not None and state["finished"]
+    last_step = first_step if stopped else max_train_steps
+    # Places of the stream are dealt to micro-steps, then to processes: their number does not change a step's films
+    micro_batches = (
+        list(range(start, start + args.train_batch_size))
+        for step in range(last_step - first_step)
+        for start in range(
+            position + step * films_a_step + accelerator.process_index * args.train_batch_size,
+            position + (step + 1) * films_a_step,
+            args.train_batch_size * accelerator.num_processes,
+        )
+    )
+    batches = iter(
+        DataLoader(
+            stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+        )
+    )  # fmt: skip
+    pending, started = [], time.monotonic()
+    progress = tqdm(
+        range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
+        disable=not accelerator.is_local_main_process,
+    )  # fmt: skip
+    for step in progress:
+        step_loss = torch.zeros((), device=device)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(unet, text_encoder):
+                # All draws of a film belong to its position in the stream, whatever the process or the batch
+                generators = [
+                    torch.Generator().manual_seed(derive_seed(args.seed, "draws", place))
+                    for place in batch["position"].tolist()
+                ]
+                mean, std = batch["mean"].to(device, non_blocking=True), batch["std"].to(device, non_blocking=True)
+
+                # Clean latents z_0: one draw from each film's posterior, float32 [B, C, h, w]
+                latents = (mean + std * randn_tensor(mean.shape, generators, device)) * scaling_factor
+
+                # Forward process: noise each film to a timestep of its own
+                noise = randn_tensor(latents.shape, generators, device)
+                if args.noise_offset:
+                    noise += args.noise_offset * randn_tensor((*latents.shape[:2], 1, 1), generators, device)
+                num_timesteps = noise_scheduler.config.num_train_timesteps
+                timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]).to(device)
+                noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+
+                # Condition on the caption, or for a share of the films on nothing (classifier-free guidance)
+                dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < args.caption_dropout
+                input_ids = torch.where(dropped[:, None].to(device), empty_ids, batch["input_ids"].to(device))
+                encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
+
+                # Predict the noise, or the velocity, and weigh the error by timestep
+                if noise_scheduler.config.prediction_type == "epsilon":
+                    target = noise
+                else:
+                    target = noise_scheduler.get_velocity(latents, noise, timesteps)
+                model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+                loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # [B]
+                loss = (loss * loss_weights[timesteps]).mean()
+
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                step_loss += loss.detach() / args.gradient_accumulation_steps
+        rate = lr_scheduler.get_last_lr()[0]
+        pending.append({"step": step, "loss": step_loss, "lr": rate, "grad_norm": grad_norm, "position": position})
+        lr_scheduler.step()
+        position += films_a_step
+
+        validation_due = step % validation_steps == 0 or step == last_step
+        checkpoint_due = step % args.checkpointing_steps == 0
+        if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due:
+            flush(pending, accelerator, log, [row["file_name"] for row in training_rows], stream, films_a_step)
+            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", SSIM=f"{early_stopping.best:.4f}")
+            pending.clear()
+        if validation_due:
+            stopped = validate(step)
+        if checkpoint_due or validation_due:
+            save(step, finished=stopped or step == last_step)
+        if stopped:
+            break
+
+    # The result: the best adapter is in place already; say what it is worth
+    if accelerator.is_main_process:
+        validations = read_jsonl(validation_log)
+        draw_curves(run_dir / "curves.png", read_jsonl(log), validations)
+        card = model_card(config, data_dir, validations, early_stopping.best_step)
+        write_bytes(run_dir / "README.md", card.encode())
+        done = early_stopping.waited and early_stopping.should_stop
+        seconds = time.monotonic() - started
+        say(f"{'stopped early' if done else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
+            f"{early_stopping.best:.4f}; {len(read_jsonl(log)) - first_step} steps in {seconds:.0f} s")  # fmt: skip
+        say(f"adapter: {run_dir / WEIGHTS_NAME}")
+        if args.push_to_hub:
+            push(run_dir, args.hub_model_id, args.hub_token)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_args))

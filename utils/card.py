@@ -1,0 +1,96 @@
+"""The model card of an adapter: what it was trained on, what it is worth, what it is not for. No torch."""
+
+import json
+from pathlib import Path
+
+LICENSES = {
+    "assets/cxr-tiny": ("cc-by-4.0", "CC BY 4.0, as the films it was trained on (Kermany et al., Cell 2018)"),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (
+        "creativeml-openrail-m",
+        "CreativeML OpenRAIL-M, whose Attachment A goes with every derivative, adapters included: no medical advice and "
+        "no interpretation of medical results, among others",
+    ),
+}
+UNKNOWN = ("other", "see the base model's own page; its terms bind this adapter too")
+
+CARD = """---
+license: {license_id}
+base_model: {base}
+library_name: diffusers
+tags: [stable-diffusion, lora, text-to-image, chest-x-ray, synthetic]
+inference: false
+---
+# Chest-radiograph LoRA, fold {fold}
+
+Text in, synthetic chest radiograph out. **For research and teaching. Not for diagnosis, screening or any clinical
+decision: no picture it makes shows a patient.**
+
+LoRA adapters on the UNet (rank {rank}) and the text encoder (rank {text_encoder_rank}) of `{base}`, {resolution} px.
+
+```python
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("pytorch_lora_weights.safetensors")
+```
+
+## Data
+
+{training} films to train on and {validation} to validate, of other patients; {held_out} films of fold {fold}, of yet
+other patients, were not touched. Source: {source}. Terms: {data_terms}
+
+## Validation
+
+Step {best_step} of {last_step}, the best by SSIM of {validation} films rebuilt from half the noise schedule:
+
+| | base without LoRA | this adapter | floor: mean film | ceiling: autoencoder |
+|---|---|---|---|---|
+| SSIM | {base_ssim:.4f} | {ssim:.4f} | {floor_ssim:.4f} | {ceiling_ssim:.4f} |
+| PSNR, dB | {base_psnr:.2f} | {psnr:.2f} | {floor_psnr:.2f} | {ceiling_psnr:.2f} |
+| MSE of the prediction | {base_mse:.4f} | {mse:.4f} | | |
+
+These films chose the step, so the figures flatter; `evaluate.py` measures on the held-out fold. `curves.png` and
+`samples/` show the whole run.
+
+## Limits
+
+It knows the findings, views and ages of its captions and nothing else. It may repeat films it was trained on: no
+memorisation audit has been made. SSIM says that films are rebuilt well, not that a finding is right.
+
+## Licence
+
+Base model: {license}. Data: {data_terms}
+"""
+
+
+def model_card(config: dict, data_dir: Path, validations: list[dict], best_step: int) -> str:
+    """Return the card as Markdown with the front matter of the Hugging Face hub, without dates or paths.
+
+    Args:
+        config: content of the run's `config.json`.
+        data_dir: whose `dataset.json` names source and terms, where there is one.
+        validations: rows of `validation.jsonl`; the first is the base without LoRA.
+        best_step: step of the adapter.
+    """
+    dataset = data_dir / "dataset.json"
+    described = json.loads(dataset.read_text(encoding="utf-8")) if dataset.is_file() else {}
+    license_id, license_text = LICENSES.get(config["base"], UNKNOWN)
+    baseline, best = validations[0], next(row for row in validations if row["step"] == best_step)
+    bounds = baseline["bounds"]
+    return CARD.format(
+        **config["films"],
+        base=config["base"],
+        fold=config["fold"],
+        resolution=config["resolution"],
+        rank=config["settings"]["rank"],
+        text_encoder_rank=config["settings"]["text_encoder_rank"],
+        source=described.get("source", "a folder of the user's own"),
+        data_terms=described.get("terms") or described.get("license") or "those of the films' owner",
+        license_id=license_id,
+        license=license_text,
+        best_step=best_step,
+        last_step=validations[-1]["step"],
+        **{f"base_{metric}": baseline[metric] for metric in ("ssim", "psnr", "mse")},
+        **{metric: best[metric] for metric in ("ssim", "psnr", "mse")},
+        **{f"floor_{metric}": bounds[metric]["mean_film"] for metric in ("ssim", "psnr")},
+        **{f"ceiling_{metric}": bounds[metric]["ceiling"] for metric in ("ssim", "psnr")},
+    )

@@ -1,0 +1,122 @@
+"""Checkpoints that are whole or absent: everything an exact resume needs and nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from utils.files import write_json
+from utils.lora import WEIGHTS_NAME
+from utils.refusal import Refused
+from utils.runlog import differences
+
+STATE_NAME = "state.json"
+TENSORS_NAME = "training_state.pt"
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Return the steps of the checkpoints in a run's folder, ascending. Unfinished ones are not among them."""
+    names = (folder.name.removeprefix("checkpoint-") for folder in run.glob("checkpoint-*") if folder.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
+    """Write `checkpoint-<step>`: into another name, synced, then renamed.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps done.
+        state: numbers and texts, as JSON.
+        tensors: state dicts of adapters and optimizer; what `torch.load(weights_only=True)` reads.
+    """
+    folder = run / f"checkpoint-{step}"
+    partial = run / f"checkpoint-{step}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with open(partial / TENSORS_NAME, "wb") as file:
+        torch.save(tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+    write_json(partial / STATE_NAME, state)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete what kills left unfinished and, where `keep` is positive, all but the newest `keep` checkpoints."""
+    for partial in run.glob("checkpoint-*.tmp"):
+        shutil.rmtree(partial)
+    for step in checkpoint_steps(run)[:-keep] if keep > 0 else []:
+        shutil.rmtree(run / f"checkpoint-{step}")
+
+
+def load_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """Return `state` and `tensors` (on the CPU) of a checkpoint.
+
+    Raises:
+        Refused: where the folder is no whole checkpoint.
+    """
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        tensors = torch.load(folder / TENSORS_NAME, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        raise Refused(
+            f"{folder} is no whole checkpoint ({' '.join(str(error).split())[:160]}); delete it to go on from the one "
+            "before, or start afresh with --resume_from_checkpoint none"
+        ) from error
+    return state, tensors
+
+
+def find_start(
+    run: Path, wanted: str, settings: dict, num_processes: int, overwrite: bool
+) -> tuple[dict | None, dict, str]:
+    """Find where a run goes on.
+
+    Args:
+        run: the run's folder.
+        wanted: "latest", a checkpoint's folder, or "none".
+        settings: of this command; `films_a_step` may differ from the checkpoint's where the processes do.
+        num_processes: of this command.
+        overwrite: whether "none" may replace a finished run.
+
+    Returns:
+        The checkpoint's state and tensors (None and {} for a fresh start), and what the user should know.
+
+    Raises:
+        Refused: for a checkpoint that is missing or broken, changed settings (each by name), or a finished run that
+            would be lost.
+    """
+    steps = checkpoint_steps(run)
+    if wanted not in ("latest", "none"):
+        if not Path(wanted).is_dir():
+            raise Refused(f"no checkpoint at {wanted}; {run} has {steps or 'none'}")
+        folder = Path(wanted)
+    elif wanted == "latest" and steps:
+        folder = run / f"checkpoint-{steps[-1]}"
+    else:
+        last = load_checkpoint(run / f"checkpoint-{steps[-1]}")[0] if steps else {}
+        if (last.get("finished") or (not steps and (run / WEIGHTS_NAME).exists())) and not overwrite:
+            raise Refused(f"{run} holds a finished run; --resume_from_checkpoint none --overwrite deletes it")
+        return None, {}, "starting afresh"
+    state, tensors = load_checkpoint(folder)
+    remark = f"going on from {folder}"
+    if state["num_processes"] != num_processes:
+        remark += f", on {num_processes} processes instead of {state['num_processes']}"
+        settings = settings | {"films_a_step": state["settings"]["films_a_step"]}
+    if changed := differences(state["settings"], settings):
+        raise Refused(
+            f"{folder} was made with other settings ({'; '.join(changed)}); type the first command again, choose "
+            "another --output_dir, or start afresh with --resume_from_checkpoint none"
+        )
+    return state, tensors, remark
+
+
+def clear_run(run: Path) -> None:
+    """Delete what an earlier run left in its folder, and only that."""
+    for name in ("log.jsonl", "validation.jsonl", "curves.png", "config.json", "README.md", WEIGHTS_NAME):
+        (run / name).unlink(missing_ok=True)
+    for folder in [*run.glob("checkpoint-*"), run / "samples", run / "logs"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)

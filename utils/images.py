@@ -1,0 +1,49 @@
+"""Films as tensors: 8-bit grey for people and metrics, three channels in [-1, 1] for the autoencoder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.films import decode_film, to_square
+
+
+def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Tensor:
+    """Read one film as every part of the project sees it: square, 8-bit, grey.
+
+    Args:
+        path: an image file of any depth that `films.decode_film` reads.
+        resolution: side of the result in pixels.
+        interpolation: name of a Pillow filter, used where the film has another size.
+
+    Returns:
+        uint8, [resolution, resolution].
+
+    Raises:
+        films.UnusableFilm: where the file is no usable film.
+    """
+    film, _ = to_square(decode_film(path), resolution)
+    return torch.from_numpy(np.array(film))
+
+
+def to_pixel_values(films: Tensor) -> Tensor:
+    """Return grey films, uint8 [B, H, W], as the autoencoder's input, float32 [B, 3, H, W] in [-1, 1]."""
+    return (films.float() / 127.5 - 1.0)[:, None].expand(-1, 3, -1, -1)
+
+
+def to_films(pixel_values: Tensor) -> Tensor:
+    """Return decoder output, [B, 3, H, W] about [-1, 1], as grey films, uint8 [B, H, W] on the CPU.
+
+    Rounds as `diffusers` does and weighs the channels as Pillow's `convert("L")` does (ITU-R 601-2), bit for bit, so
+    that a film from our loop and one from a stock pipeline are the same film.
+    """
+    rgb = ((pixel_values.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.int32).cpu()
+    red, green, blue = rgb.unbind(dim=1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
+
+
+def to_grey(image: Image.Image) -> Tensor:
+    """Return a pipeline's RGB image as a grey film, uint8 [H, W]."""
+    return torch.from_numpy(np.array(image.convert("L")))

@@ -1,0 +1,213 @@
+"""The autoencoder's posterior of every film, computed once, and the endless stream of training films over it.
+
+The frozen encoder costs 39 % of a Stable Diffusion LoRA step and gives the same answer each time. What it gives is a
+Gaussian per film (mean and standard deviation), so the cache keeps both and a training step still draws its own
+latents (Rombach et al. 2022, arXiv:2112.10752, Sec. 3.1; Kingma and Welling 2014, arXiv:1312.6114).
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from utils.files import canonical_json, sha256_file, write_json
+from utils.films import PREPROCESSING, UnusableFilm
+from utils.images import load_film, to_pixel_values
+from utils.refusal import Refused
+from utils.seeding import derive_seed
+
+
+class FilmDataset(Dataset):
+    """Films read from disk when asked for, uint8 [resolution, resolution] each; an unreadable one is refused by name."""
+
+    def __init__(self, directory: Path, rows: Sequence[dict], resolution: int, interpolation: str = "lanczos"):
+        self.directory, self.rows, self.resolution, self.interpolation = directory, rows, resolution, interpolation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.directory / self.rows[index]["file_name"]
+        try:
+            return load_film(path, self.resolution, self.interpolation)
+        except (OSError, UnusableFilm) as error:
+            raise Refused(
+                f"{path} cannot be read ({error}); `python download.py --check {self.directory}` lists all such films"
+            ) from error
+
+
+def load_films(dataset: FilmDataset, num_workers: int = 0) -> Tensor:
+    """Return all films of a data set at once, uint8 [N, resolution, resolution]."""
+    return torch.cat(list(DataLoader(dataset, batch_size=64, num_workers=num_workers)))
+
+
+def mean_film(directory: Path, rows: Sequence[dict], resolution: int, seed: int, most: int = 1000) -> Tensor:
+    """Return the pixel mean of training films, uint8 [resolution, resolution].
+
+    The floor of every image metric: it scores 0.76 in SSIM against real films where one real film scores 0.62 against
+    another. At most `most` films, drawn by seed, enter: more do not change it.
+    """
+    order = np.random.default_rng(derive_seed(seed, "mean film")).permutation(len(rows))[:most]
+    films = FilmDataset(directory, [rows[i] for i in sorted(order)], resolution)
+    total = sum(batch.double().sum(dim=0) for batch in DataLoader(films, batch_size=64))
+    return (total / len(films)).round().to(torch.uint8)
+
+
+def posterior_key(
+    directory: Path, rows: Sequence[dict], vae: AutoencoderKL, resolution: int, interpolation: str, mirrored: bool
+) -> str:
+    """Return the name of a cache: a hash of everything its content depends on, so that a stale one is never found."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    parts = {
+        "films": [row.get("sha256") or sha256_file(directory / row["file_name"]) for row in rows],
+        "vae": weights.hexdigest(),
+        "resolution": resolution,
+        "interpolation": interpolation,
+        "mirrored": mirrored,
+        "preprocessing": PREPROCESSING,
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:24]
+
+
+class Posteriors:
+    """Memory-mapped posterior of every film: `mean` and `std`, float32 [N, C, h, w], in the order of the rows."""
+
+    def __init__(self, folder: Path, num_films: int):
+        self.mean = np.load(folder / "mean.npy", mmap_mode="r")
+        self.std = np.load(folder / "std.npy", mmap_mode="r")
+        if self.mean.shape != self.std.shape or len(self.mean) != num_films:
+            raise Refused(f"{folder} holds {self.mean.shape}, expected {num_films} films; delete that folder")
+
+
+def cache_posteriors(
+    directory: Path,
+    rows: Sequence[dict],
+    vae: AutoencoderKL,
+    cache_dir: Path,
+    resolution: int,
+    interpolation: str = "lanczos",
+    mirrored: bool = False,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait_for_everyone: Callable[[], None] = lambda: None,
+    owner: str = "",
+) -> Posteriors:
+    """Return the posteriors of `rows`, encoding them first where no earlier run has.
+
+    Every process encodes its share into one pair of files, which gets its final name when all shares are finite.
+
+    Args:
+        directory: folder that the rows' `file_name` is relative to.
+        rows: films to encode, of all folds, so that one cache serves them all.
+        vae: autoencoder on its device, in fp32.
+        cache_dir: the cache is the folder `latents/<key>` in it.
+        resolution, interpolation: size of the films and how they are brought to it.
+        mirrored: encode the mirror images instead (`--random_flip`).
+        batch_size, num_workers: films at a time, reading processes.
+        process_index, num_processes, wait_for_everyone: which share is ours, and the barrier between processes.
+        owner: name of the run, so that two runs may build the same cache at once.
+
+    Raises:
+        Refused: for a film that cannot be read, or whose posterior is not finite, by name.
+    """
+    folder = cache_dir / "latents" / posterior_key(directory, rows, vae, resolution, interpolation, mirrored)
+    if (folder / "index.json").is_file():
+        return Posteriors(folder, len(rows))
+    partial = folder.with_name(f"{folder.name}.{derive_seed(owner):016x}.tmp")
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (len(rows), vae.config.latent_channels, side, side)
+    if process_index == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name in ("mean", "std"):
+            np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+    wait_for_everyone()
+    files = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("mean", "std")}
+    share = range(process_index, len(rows), num_processes)
+    films = FilmDataset(directory, [rows[i] for i in share], resolution, interpolation)
+    with tqdm(total=len(films), desc="encoding films", unit="film", disable=process_index > 0) as bar:
+        for start, batch in enumerate(DataLoader(films, batch_size=batch_size, num_workers=num_workers)):
+            mean, std = encode(vae, batch.flip(-1) if mirrored else batch)
+            where = list(share[start * batch_size :][: len(batch)])
+            for i, film_mean, film_std in zip(where, mean, std, strict=True):
+                if not (film_mean.isfinite().all() and film_std.isfinite().all()):
+                    raise Refused(f"{rows[i]['file_name']}: its latents are not finite; the autoencoder needs fp32")
+            files["mean"][where], files["std"][where] = mean.numpy(), std.numpy()
+            bar.update(len(batch))
+    for file in files.values():
+        file.flush()
+    wait_for_everyone()
+    if process_index == 0:
+        write_json(partial / "index.json", {"shape": shape, "resolution": resolution, "mirrored": mirrored})
+        if folder.exists():  # another run was quicker
+            shutil.rmtree(partial)
+        else:
+            partial.rename(folder)
+    wait_for_everyone()
+    return Posteriors(folder, len(rows))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, films: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of q(z | film), float32 [B, C, h, w] on the CPU, for uint8 films [B, H, W]."""
+    posterior = vae.encode(to_pixel_values(films).to(vae.device)).latent_dist
+    return posterior.mean.float().cpu(), posterior.std.float().cpu()
+
+
+class TrainingStream(Dataset):
+    """The films of a fold in training order, one after another, epoch after epoch, addressed by position.
+
+    Position p holds film p mod N of epoch p div N's permutation, which depends on (seed, epoch) alone. Which films
+    make up a step is therefore known without having run the steps before, on any number of processes.
+
+    Items: `position` (int), `mean` and `std` float32 [C, h, w], `input_ids` int64 [L].
+    """
+
+    def __init__(
+        self,
+        posteriors: Posteriors,
+        films: Sequence[int],
+        input_ids: Tensor,
+        seed: int,
+        mirrored: Posteriors | None = None,
+    ):
+        """Stream over `films`, rows of the posteriors, each with the token ids at its place in `input_ids` [N, L]."""
+        self.posteriors, self.films, self.input_ids, self.seed = posteriors, films, input_ids, seed
+        self.mirrored = mirrored
+
+    def film_at(self, position: int) -> int:
+        """Return which of `films` stands at a position of the stream."""
+        epoch, offset = divmod(position, len(self.films))
+        return int(epoch_order(len(self.films), self.seed, epoch)[offset])
+
+    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+        film = self.film_at(position)
+        source = self.posteriors
+        if self.mirrored is not None and derive_seed(self.seed, "mirror", position) % 2:
+            source = self.mirrored
+        return {
+            "position": position,
+            "mean": torch.from_numpy(source.mean[self.films[film]].copy()),
+            "std": torch.from_numpy(source.std[self.films[film]].copy()),
+            "input_ids": self.input_ids[film],
+        }
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_films: int, seed: int, epoch: int) -> Tensor:
+    """Return the permutation of `num_films` films in one epoch, int64 [num_films]."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+    return torch.randperm(num_films, generator=generator)

@@ -1,0 +1,113 @@
+"""Low-rank adapters on the UNet and the text encoder: put on, saved, read (Hu et al. 2021, arXiv:2106.09685)."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from utils.files import canonical_json, write_bytes
+from utils.refusal import Refused
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+HEADER_KEY = "chest_radiograph_lora"
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_lora(model: UNet2DConditionModel | CLIPTextModel, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
+    """Freeze a model and put an adapter on its attention, W + alpha / rank * B A, with B = 0 and A ~ N(0, 1 / rank^2).
+
+    Args:
+        model: UNet or text encoder; adapters are fp32 whatever its own type, as bf16 loses most of Adam's small steps.
+        rank: columns of B. 0 freezes the model and adds nothing.
+        alpha: the update is scaled by alpha / rank.
+        seed: of A.
+
+    Returns:
+        The trainable parameters, a list: an iterator would be empty by the time gradients are clipped.
+    """
+    model.requires_grad_(False)
+    if rank == 0:
+        return []
+    targets = UNET_TARGETS if isinstance(model, UNet2DConditionModel) else TEXT_ENCODER_TARGETS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
+    cast_training_params(model, dtype=torch.float32)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def trainable_tensors(**models: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters of some models, each under "<keyword>.<its name>"."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def adapter_state(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """Return the adapters under the names that every loader knows, fp32 on the CPU, B scaled so that alpha = rank.
+
+    transformers from 5.6 on names `encoder...` what files name `text_model.encoder...`; the latter is written.
+    """
+    state = {}
+    for prefix, model in (("unet.", unet), ("text_encoder.", text_encoder)):
+        config = getattr(model, "peft_config", {}).get("default")
+        if config is None:
+            continue
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            if prefix == "text_encoder." and not name.startswith("text_model."):
+                name = f"text_model.{name}"
+            scale = config.lora_alpha / config.r if ".lora_B." in name else 1
+            state[prefix + name] = (tensor.detach().float().cpu() * scale).contiguous()
+    return state
+
+
+def save_adapter(path: Path, state: dict[str, Tensor], header: dict) -> None:
+    """Write adapters and `header` (in one key, as canonical JSON) to a safetensors file, atomically.
+
+    Equal adapters and headers give equal bytes: safetensors orders tensors by name but several header keys at random.
+    """
+    write_bytes(path, save(state, metadata={HEADER_KEY: canonical_json(header)}))
+
+
+def find_adapter(path: Path) -> Path:
+    """Return the adapter file that a run's folder, or the file itself, stands for.
+
+    Raises:
+        Refused: where there is none, or only a pickle.
+    """
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+    if not path.exists():
+        raise Refused(f"no adapter at {path}; train one first: accelerate launch train_lora.py --fold 0")
+    if path.suffix != ".safetensors":
+        raise Refused(f"{path} is no safetensors file; others are pickles, which can run code when they are loaded")
+    return path
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors of an adapter file and our header, {} where another tool wrote it.
+
+    Raises:
+        Refused: for a file that is no whole safetensors file, or one that holds no LoRA.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Refused(f"{path} is no readable safetensors file ({error}); copy or train it again") from error
+    if not any("lora" in name for name in state):
+        raise Refused(f"{path} holds no LoRA: its first tensor is {min(state, default='missing')}")
+    return state, header

@@ -1,0 +1,220 @@
+"""Base models in, films out: loading a Stable Diffusion, an adapter on top, and sampling from both."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from utils.images import to_grey
+from utils.refusal import Refused
+
+BUNDLED_BASE = "assets/cxr-tiny"
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+ROOT = Path(__file__).resolve().parent.parent
+SCHEDULERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The five parts of a Stable Diffusion, all in fp32, and the name they were loaded by."""
+
+    name: str
+    tokenizer: CLIPTokenizer
+    noise_scheduler: DDPMScheduler
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels of the films that the UNet was trained on."""
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What a film's side must be a multiple of, so that every level of autoencoder and UNet divides evenly."""
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+
+def default_base() -> str:
+    """Return the base model that is used where none is named: Stable Diffusion 1.5 with CUDA, else the bundled one."""
+    return STABLE_DIFFUSION if torch.cuda.is_available() else BUNDLED_BASE
+
+
+def load_base(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> BaseModel:
+    """Load a base model in diffusers layout from a folder or from the Hugging Face hub, safetensors only.
+
+    Args:
+        name: a folder, or a repository id on the hub. `assets/cxr-tiny` is found from any working directory.
+        revision: branch, tag or commit on the hub.
+        variant: infix of the weight files' names, such as "fp16".
+        cache_dir: where hub files are kept; None is the hub's own cache.
+
+    Raises:
+        Refused: for a folder without a Stable Diffusion, one with pickled weights only, or an unreachable hub.
+    """
+    location = Path(name)
+    if name == BUNDLED_BASE and not location.is_dir():
+        location = ROOT / BUNDLED_BASE
+    if location.is_dir():
+        _check_folder(location, variant)
+    where = str(location) if location.is_dir() else name
+    options = dict(revision=revision, cache_dir=cache_dir)
+    transformers.utils.logging.disable_progress_bar()
+    weights = dict(options, variant=variant, use_safetensors=True)
+    try:
+        return BaseModel(
+            name=name,
+            tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
+            noise_scheduler=DDPMScheduler.from_pretrained(where, subfolder="scheduler", **options),
+            # transformers loads a model in the type it was saved in, diffusers in fp32
+            text_encoder=CLIPTextModel.from_pretrained(
+                where, subfolder="text_encoder", dtype=torch.float32, **weights
+            ),
+            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **weights),
+            unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **weights),
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        if location.is_dir():
+            raise Refused(f"{name} cannot be loaded as a Stable Diffusion in diffusers layout: {reason}") from error
+        raise Refused(
+            f"base model {name} is no folder here and could not be had from the hub ({reason}); try again online, or "
+            f"use the bundled one: --pretrained_model_name_or_path {BUNDLED_BASE}"
+        ) from error
+
+
+def _check_folder(folder: Path, variant: str | None) -> None:
+    """Refuse a local base that lacks a part or holds one as a pickle, naming the file."""
+    infix = f".{variant}" if variant else ""
+    parts = {
+        "unet": f"diffusion_pytorch_model{infix}.safetensors",
+        "vae": f"diffusion_pytorch_model{infix}.safetensors",
+        "text_encoder": f"model{infix}.safetensors",
+    }
+    for part, weights in parts.items():
+        if not (folder / part / "config.json").is_file():
+            raise Refused(f"{folder} is no Stable Diffusion in diffusers layout: {part}/config.json is missing")
+        if list((folder / part).glob("*.safetensors*")):
+            continue
+        pickles = sorted((folder / part).glob("*.bin"))
+        found = f"{pickles[0].name} is a pickle, which can run code when it is loaded" if pickles else "it is missing"
+        raise Refused(f"{folder}/{part}: expected {weights}; {found}. Save the model with safe_serialization=True")
+
+
+def cast_frozen(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Cast a UNet's own weights to a type, not those of adapters on it, which stay in fp32.
+
+    Text encoder and autoencoder are not cast at all: they are a hundredth of the arithmetic, and in fp32 they give
+    embeddings and latents, and with them every sampling step, their precision.
+    """
+    for name, parameter in unet.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], scale: float = 1.0) -> None:
+    """Load adapters into a pipeline's UNet and text encoder with diffusers' own loader.
+
+    Args:
+        pipeline: in fp32.
+        state: tensors of an adapter file, from `lora.read_adapter`.
+        scale: factor of the adapters' update; 1 as trained, 0 the bare base.
+
+    Raises:
+        Refused: where the adapter does not fit the base.
+    """
+    try:
+        pipeline.load_lora_weights(dict(state), adapter_name="adapter")
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
+    pipeline.set_adapters("adapter", scale)
+
+
+def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:
+    """Return a stock pipeline over the given parts (live modules are shared, not copied), without a safety checker.
+
+    The checker knows photographs only. `scheduler` is a key of SCHEDULERS; its noise schedule is the base's own.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        scheduler=SCHEDULERS[scheduler].from_config(base.noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """Yield one film a prompt, uint8 [resolution, resolution], in the order given.
+
+    Each film has a CPU generator of its own and a short batch is filled up with copies of its last film, so that a
+    film depends on its prompt and its seed, not on its neighbours. `StableDiffusionPipeline` called with the same
+    prompt and `generator=torch.Generator().manual_seed(seed)` gives the same film.
+
+    Args:
+        prompts, seeds: one of each a film.
+        resolution: side of the films in pixels.
+        num_inference_steps: solver steps.
+        guidance_scale: weight of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is none.
+        batch_size: films at a time.
+    """
+    for start in range(0, len(prompts), batch_size):
+        chunk = range(start, min(start + batch_size, len(prompts)))
+        filled = [*chunk, *[chunk[-1]] * (batch_size - len(chunk))]
+        images = pipeline(
+            prompt=[prompts[i] for i in filled],
+            generator=[torch.Generator().manual_seed(seeds[i]) for i in filled],
+            height=resolution,
+            width=resolution,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        ).images
+        for image in images[: len(chunk)]:
+            yield to_grey(image)
