@@ -46,7 +46,7 @@ from utils.early_stopping import EarlyStopping
 from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
 from utils.folds import split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
-from utils.latents import TrainingStream, cache_posteriors, mean_film
+from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
 from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
 from utils.metadata import dataset_hash, read_metadata
 from utils.pipeline import BUNDLED_BASE, BaseModel, assemble, cast_frozen, default_base, load_base, sample
@@ -312,7 +312,8 @@ def main(args: argparse.Namespace) -> None:
     run_dir, data_dir, cache_dir = Path(args.output_dir), Path(args.train_data_dir), Path(args.cache_dir or "cache")
 
     # Films: one fold is held out and a tenth of the other folds' patients validates
-    rows = with_folds(read_metadata(data_dir, args.image_column, args.caption_column), group_by=args.group_by)
+    rows = read_metadata(data_dir, args.image_column, args.caption_column)
+    rows = with_folds(rows, num_folds=5, seed=0, group_by=args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
     if args.max_train_samples is not None:
@@ -528,22 +529,13 @@ def main(args: argparse.Namespace) -> None:
     text_encoder.train()
     stopped = state is not None and state["finished"]
     last_step = first_step if stopped else max_train_steps
-    # Places of the stream are dealt to micro-steps, then to processes: their number does not change a step's films
-    micro_batches = (
-        list(range(start, start + args.train_batch_size))
-        for step in range(last_step - first_step)
-        for start in range(
-            position + step * films_a_step + accelerator.process_index * args.train_batch_size,
-            position + (step + 1) * films_a_step,
-            args.train_batch_size * accelerator.num_processes,
-        )
-    )
-    batches = iter(
-        DataLoader(
-            stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-        )
+    micro_batches = deal_positions(
+        position, last_step - first_step, args.gradient_accumulation_steps, args.train_batch_size,
+        accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
+    pin_memory = device.type == "cuda"
+    batches = iter(DataLoader(stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
+                              pin_memory=pin_memory))  # fmt: skip
     pending, started = [], time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
@@ -601,7 +593,8 @@ def main(args: argparse.Namespace) -> None:
         checkpoint_due = step % args.checkpointing_steps == 0
         if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due:
             flush(pending, accelerator, log, [row["file_name"] for row in training_rows], stream, films_a_step)
-            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", SSIM=f"{early_stopping.best:.4f}")
+            best = "-" if early_stopping.best is None else f"{early_stopping.best:.4f}"
+            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", best_SSIM=best)
             pending.clear()
         if validation_due:
             stopped = validate(step)

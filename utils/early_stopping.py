@@ -16,14 +16,14 @@ class EarlyStopping:
 
     Attributes:
         patience: validations without a gain after which `should_stop`; 0 never stops.
-        best_step, best: where the mean was highest, the step whose adapter is kept; 0 before the first validation.
+        best_step, best: where the mean was highest, the step whose adapter is kept; 0 and None before the first.
         reference_step, reference: the last gain and its value of every film.
         waited: validations since.
     """
 
     patience: int
     best_step: int = 0
-    best: float = -math.inf
+    best: float | None = None
     reference_step: int = 0
     reference: list[float] = field(default_factory=list)
     waited: int = 0
@@ -35,7 +35,7 @@ class EarlyStopping:
         else:
             self.reference_step, self.reference, self.waited = step, list(ssim), 0
         mean = statistics.fmean(ssim)
-        if mean <= self.best:
+        if self.best is not None and mean <= self.best:
             return False
         self.best_step, self.best = step, mean
         return True

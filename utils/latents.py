@@ -7,7 +7,7 @@ latents (Rombach et al. 2022, arXiv:2112.10752, Sec. 3.1; Kingma and Welling 201
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -211,3 +211,23 @@ def epoch_order(num_films: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of `num_films` films in one epoch, int64 [num_films]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
     return torch.randperm(num_films, generator=generator)
+
+
+def deal_positions(
+    first: int, num_steps: int, accumulation: int, batch_size: int, process_index: int, num_processes: int
+) -> Iterator[list[int]]:
+    """Yield the stream positions of this process's micro-batches, step after step.
+
+    Positions are dealt to a step, then to its micro-steps, then to processes, so that neither the number of processes
+    nor that of micro-steps changes which films make up a step.
+
+    Args:
+        first: position of the first film of the first step.
+        num_steps: optimizer steps.
+        accumulation: micro-batches a process and a step.
+        batch_size: films a micro-batch and a process.
+        process_index, num_processes: whose micro-batches.
+    """
+    for micro_step in range(num_steps * accumulation):
+        start = first + (micro_step * num_processes + process_index) * batch_size
+        yield list(range(start, start + batch_size))
