@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = assemble(base, args.scheduler)
     if adapter:
         put_on_adapter(pipeline, adapter, args.lora_scale)
-    cast_frozen(base.unet, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision])
+    cast_frozen(base.unet, accelerator.mixed_precision)
     base.vae.to(accelerator.device)
     for model in (base.unet, base.text_encoder):
         accelerator.prepare_model(model.eval(), evaluation_mode=True)
@@ -180,7 +180,9 @@ def main(args: argparse.Namespace) -> None:
     seeds = [f"seed {args.seed + j}" for j in range(len(shown[0]))]
     sheet = contact_sheet(shown, prompts[: len(shown)], seeds, DISCLAIMER)
     save_png(args.output_dir / "contact_sheet.png", sheet)
-    print(f"{len(missing)} new of {len(images)} images in {args.output_dir}; look at {args.output_dir}/contact_sheet.png")
+    print(
+        f"{len(missing)} new of {len(images)} images in {args.output_dir}; look at {args.output_dir}/contact_sheet.png"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from utils.checkpoint import clear_run, find_start, prune_checkpoints, save_chec
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
-from utils.folds import split_fold, with_folds
+from utils.folds import ensure_folds, split_fold
 from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
 from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
 from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
@@ -313,13 +313,13 @@ def main(args: argparse.Namespace) -> None:
 
     # Films: one fold is held out and a tenth of the other folds' patients validates
     rows = read_metadata(data_dir, args.image_column, args.caption_column)
-    rows = with_folds(rows, num_folds=5, seed=0, group_by=args.group_by)
+    rows = ensure_folds(rows, args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
+    set_hash = dataset_hash(rows)
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
     if args.max_train_samples is not None:
         training_rows = draw_rows(training_rows, args.max_train_samples, args.seed)
         rows = training_rows + validation_rows
-    data_hash = dataset_hash(training_rows + validation_rows)
 
     # Devices and precision
     accelerator = Accelerator(
@@ -329,7 +329,6 @@ def main(args: argparse.Namespace) -> None:
         project_dir=str(run_dir),
     )
     device, say = accelerator.device, accelerator.print
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     if device.type == "cpu":
         use_all_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -350,7 +349,8 @@ def main(args: argparse.Namespace) -> None:
 
     # A run goes on from its last checkpoint, with the settings it began with
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    settings |= {"mixed_precision": accelerator.mixed_precision, "data_hash": data_hash}
+    settings |= {"mixed_precision": accelerator.mixed_precision}
+    settings |= {"training_data_hash": dataset_hash(training_rows + validation_rows)}
     settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite
@@ -410,7 +410,7 @@ def main(args: argparse.Namespace) -> None:
         derive_seed(args.seed, "text_encoder"),
     )  # fmt: skip
     lora_parameters = unet_parameters + text_encoder_parameters
-    cast_frozen(unet, weight_dtype)
+    cast_frozen(unet, accelerator.mixed_precision)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -463,7 +463,8 @@ def main(args: argparse.Namespace) -> None:
     log, validation_log = run_dir / "log.jsonl", run_dir / "validation.jsonl"
     config = {
         "base": args.pretrained_model_name_or_path, "fold": args.fold, "resolution": resolution, "settings": settings,
-        "train_data_dir": args.train_data_dir, "cache_dir": str(cache_dir), "versions": package_versions(),
+        "train_data_dir": args.train_data_dir, "cache_dir": str(cache_dir), "data_hash": set_hash,
+        "versions": package_versions(),
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
     }  # fmt: skip
     if accelerator.is_main_process:
@@ -499,7 +500,7 @@ def main(args: argparse.Namespace) -> None:
             accelerator.log({f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}, step=step)
         if is_best:
             header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": resolution}
-            header |= {"settings": settings, "data_hash": data_hash, "metrics": row}
+            header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
             save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
         tqdm.write(
             f"step {step}: SSIM {row['ssim']:.4f}, PSNR {row['psnr']:.2f} dB, MSE {row['mse']:.4f}"

@@ -66,7 +66,13 @@ def build_data(folder: Path, num_patients: int = 20, films_each: int = 2) -> Pat
             findings = ["pneumonia"] if patient % 2 else []
             text = f"PA chest radiograph of a {30 + patient}-year-old man. {'Pneumonia' if findings else 'No acute finding'}."
             rows.append(
-                {"file_name": name, "text": text, "patient_id": f"p{patient}", "fold": patient % 5, "findings": findings}
+                {
+                    "file_name": name,
+                    "text": text,
+                    "patient_id": f"p{patient}",
+                    "fold": patient % 5,
+                    "findings": findings,
+                }
             )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -32,7 +32,7 @@ def generated(pipeline) -> torch.Tensor:
 def test_trainable_parameters_are_a_list_of_fp32_on_a_bf16_base(tiny_base: Path) -> None:
     base = load_base(str(tiny_base))
     parameters = add_lora(base.unet, 4, 4, seed=0)
-    cast_frozen(base.unet, torch.bfloat16)
+    cast_frozen(base.unet, "bf16")
     assert isinstance(parameters, list)  # an iterator would be spent before clipping
     assert parameters
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
@@ -97,7 +97,9 @@ def test_equal_adapters_are_equal_files_and_the_header_comes_back(tiny_base: Pat
     base = trained(tiny_base)
     state, header = adapter_state(base.unet, base.text_encoder), {"fold": 2, "settings": {"rank": 4}, "base": "é"}
     for name in ("a", "b"):
-        save_adapter(tmp_path / f"{name}.safetensors", state, dict(reversed(header.items())) if name == "b" else header)
+        save_adapter(
+            tmp_path / f"{name}.safetensors", state, dict(reversed(header.items())) if name == "b" else header
+        )
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     read_state, read_header = read_adapter(tmp_path / "a.safetensors")
     assert read_header == header

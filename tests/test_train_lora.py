@@ -25,7 +25,7 @@ from utils.refusal import Refused
 QUICK = [
     *("--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--text_encoder_rank", "4"),
     *("--learning_rate", "1e-2", "--text_encoder_lr", "1e-2", "--lr_warmup_steps", "0", "--mixed_precision", "no"),
-    *("--num_validation_images", "0", "--report_to", "none"),
+    *("--num_validation_images", "0", "--report_to", "none", "--validation_steps", "1000"),
 ]
 
 

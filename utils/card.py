@@ -36,7 +36,7 @@ pipeline.load_lora_weights("pytorch_lora_weights.safetensors")
 ## Data
 
 {training} films to train on and {validation} to validate, of other patients; {held_out} films of fold {fold}, of yet
-other patients, were not touched. Source: {source}. Terms: {data_terms}
+other patients, were not touched. Source: {source}. Terms: {data_terms}.
 
 ## Validation
 
@@ -58,7 +58,9 @@ memorisation audit has been made. SSIM says that films are rebuilt well, not tha
 
 ## Licence
 
-Base model: {license}. Data: {data_terms}
+Base model: {license}.
+
+Data: {data_terms}. {data_terms_in_full}
 """
 
 
@@ -84,7 +86,8 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         rank=config["settings"]["rank"],
         text_encoder_rank=config["settings"]["text_encoder_rank"],
         source=described.get("source", "a folder of the user's own"),
-        data_terms=described.get("terms") or described.get("license") or "those of the films' owner",
+        data_terms=described.get("license", "those of the films' owner"),
+        data_terms_in_full=described.get("terms", ""),
         license_id=license_id,
         license=license_text,
         best_step=best_step,

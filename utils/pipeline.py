@@ -12,7 +12,6 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -31,7 +30,6 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
     "euler": EulerDiscreteScheduler,
-    "pndm": PNDMScheduler,
     "unipc": UniPCMultistepScheduler,
 }
 
@@ -134,12 +132,13 @@ def _check_folder(folder: Path, variant: str | None) -> None:
         raise Refused(f"{folder}/{part}: expected {weights}; {found}. Save the model with safe_serialization=True")
 
 
-def cast_frozen(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Cast a UNet's own weights to a type, not those of adapters on it, which stay in fp32.
+def cast_frozen(unet: UNet2DConditionModel, mixed_precision: str) -> None:
+    """Cast a UNet's own weights to "fp16" or "bf16" ("no" leaves fp32), not those of adapters on it.
 
     Text encoder and autoencoder are not cast at all: they are a hundredth of the arithmetic, and in fp32 they give
     embeddings and latents, and with them every sampling step, their precision.
     """
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     for name, parameter in unet.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)

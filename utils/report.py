@@ -1,5 +1,6 @@
 """Pictures of a run: contact sheets of films, curves of training. No torch."""
 
+import html
 import io
 import textwrap
 from collections.abc import Sequence
@@ -118,3 +119,56 @@ def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) 
 def _handles(*axes) -> tuple[list, list]:
     pairs = [axis.get_legend_handles_labels() for axis in axes]
     return [handle for handles, _ in pairs for handle in handles], [label for _, labels in pairs for label in labels]
+
+
+def draw_noise_levels(path: Path, metrics: dict) -> None:
+    """Draw an evaluation by noise level: error of the predicted noise, and SSIM of rebuilt films between its bounds.
+
+    Args:
+        path: of the PNG.
+        metrics: content of `metrics.json`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    error, ssim = figure.subplots(1, 2)
+    levels, strengths = metrics["noise_prediction_mse"], metrics["rebuilt"]
+    for model, label in (("adapter", "adapter"), ("base", "base without LoRA")):
+        means = np.array([level[model]["mean"] for level in levels.values()])
+        error.plot([int(level) for level in levels], means, "o-", label=label)
+        stats = [strength["ssim"][model] for strength in strengths.values()]
+        means = np.array([stat["mean"] for stat in stats])
+        ends = np.array([stat["interval"] or [stat["mean"]] * 2 for stat in stats]).T
+        ssim.errorbar([float(s) for s in strengths], means, np.abs(ends - means), fmt="o-", capsize=3, label=label)
+    error.set(title="Error of the predicted noise (MSE)", xlabel="timestep", yscale="log")
+    error.legend()
+    for name, label, style in (("ceiling", "autoencoder's round trip", "g--"), ("mean_film", "mean film", "r--")):
+        ssim.axhline(metrics["bounds"]["ssim"][name]["mean"], linestyle="--", color=style[0], linewidth=1, label=label)
+    ssim.set(title="SSIM of rebuilt films, 95 % by patient", xlabel="strength (share of the noise schedule)")
+    ssim.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    write_bytes(path, buffer.getvalue())
+
+
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML; every cell is text, not markup."""
+    cells = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return "<table>" + "\n".join(cells) + "</table>"
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """Return a page of its own from pieces of HTML under a heading."""
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+    )
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<p>For research and teaching. Not for diagnosis.</p>\n{body}\n</body></html>\n"
+    )

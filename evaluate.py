@@ -1,0 +1,396 @@
+"""Measure an adapter on the fold that its training never touched, or all folds together.
+
+    python evaluate.py --lora out/fold2              # -> out/fold2/evaluation/
+    python evaluate.py --cross_validation out        # -> out/cross_validation/
+
+Of one fold:
+
+    metrics.json         every figure with its interval, its floors and its ceiling
+    films.jsonl          the same by film, for pooling and for statistics of your own
+    films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
+    noise_levels.png     what the adapter gained over the base, by noise level
+    report.html          all of it on one page
+
+Three questions, three kinds of figures. How well does the model predict noise (MSE by timestep)? How well does it
+rebuild a real film from a known amount of noise (SSIM, PSNR), between the mean training film and the autoencoder's own
+round trip? And how near does a free sample come to the one film whose caption it was given? The last is asked for often
+and says little: two unrelated films are nearly as near, and the blurred mean film is nearer.
+"""
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
+from utils.folds import ensure_folds, split_fold
+from utils.hardware import choose_mixed_precision, use_all_cores
+from utils.latents import cache_posteriors, mean_film
+from utils.lora import find_adapter, read_adapter
+from utils.metadata import dataset_hash, read_metadata
+from utils.metrics import bootstrap_interval, mse, psnr, ssim
+from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
+from utils.refusal import Refused, run
+from utils.report import contact_sheet, draw_noise_levels, html_page, html_table, save_png
+from utils.runlog import package_versions
+from utils.seeding import derive_seed
+from utils.validation import (
+    HEADLINE,
+    STRENGTHS,
+    FilmBank,
+    decode,
+    eval_mode,
+    film_bank,
+    noise_levels,
+    rebuild,
+    score_bounds,
+    score_model,
+)
+
+METRICS = {"ssim": ssim, "psnr": psnr, "mse": mse}
+FREE_SAMPLES_NOTE = (
+    "Not a measure of quality: a caption does not determine a film. Read it beside the random pair (two real films of "
+    "different patients) and the mean training film, which beats honest samples because it is blurred."
+)
+SHOWN = 6  # films in films.png
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = parser.add_argument_group("what").add_argument
+    add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")
+    add("--cross_validation", type=Path, metavar="OUT", help="folder of evaluated runs fold<k>: one table of them all")
+    add("--max_films", type=int, default=512, help="measure at most so many held-out films, drawn by --seed [512]")
+    add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_inference_steps", type=int, default=25, help="solver steps of the free samples [25]")
+    add("--guidance_scale", type=float, default=4.0, help="their classifier-free guidance [4]")
+    add("--batch_size", type=int, default=16, help="films at a time [16]")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--train_data_dir", type=Path, help="the films [where the run found them]")
+    add("--cache_dir", type=Path, help="latents [where the run kept them]")
+    add("--output_dir", type=Path, help="[<run>/evaluation, or <out>/cross_validation]")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    if (args.lora is None) == (args.cross_validation is None):
+        raise Refused("nothing to measure; expected either --lora out/fold2 or --cross_validation out")
+    for name in ("max_films", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
+    if args.lora is not None:
+        evaluate_fold(args)
+    else:
+        cross_validate(args.cross_validation, args.output_dir or args.cross_validation / "cross_validation", args.seed)
+
+
+def evaluate_fold(args: argparse.Namespace) -> None:
+    """Measure one adapter on its held-out fold."""
+    run_dir, output_dir = args.lora, args.output_dir or args.lora / "evaluation"
+    config = read_config(run_dir)
+    settings = config["settings"]
+    adapter_file = find_adapter(run_dir)
+    adapter, header = read_adapter(adapter_file)
+    data_dir = args.train_data_dir or Path(config["train_data_dir"])
+
+    # The fold that was held out, and the training films that floors are fitted on
+    rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
+    rows = ensure_folds(rows, settings["group_by"])
+    training_rows, _, held_out_rows = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
+    if dataset_hash(rows) != config["data_hash"]:
+        raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
+    order = np.random.default_rng(derive_seed(args.seed, "held out")).permutation(len(held_out_rows))
+    held_out_rows = [held_out_rows[i] for i in sorted(order[: args.max_films])]
+
+    # The model as it was trained
+    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
+    device = accelerator.device
+    if device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    base = load_base(config["base"], settings["revision"], settings["variant"])
+    if settings["prediction_type"]:
+        base.noise_scheduler.register_to_config(prediction_type=settings["prediction_type"])
+    pipeline = assemble(base)
+    put_on_adapter(pipeline, adapter)
+    cast_frozen(base.unet, accelerator.mixed_precision)
+    unet, text_encoder = (
+        accelerator.prepare_model(model, evaluation_mode=True)
+        for model in (base.unet.to(memory_format=torch.channels_last), base.text_encoder)
+    )
+    vae, noise_scheduler = base.vae.to(device, memory_format=torch.channels_last).eval(), base.noise_scheduler
+    resolution, interpolation = config["resolution"], settings["image_interpolation_mode"]
+    posteriors = cache_posteriors(
+        data_dir, rows, vae, args.cache_dir or Path(config["cache_dir"]), resolution, interpolation,
+        batch_size=args.batch_size, owner=str(output_dir),
+    )  # fmt: skip
+    place = {row["file_name"]: i for i, row in enumerate(rows)}
+    captions = [row["text"] for row in held_out_rows]
+    tokens = base.tokenizer(
+        captions, padding="max_length", truncation=True, max_length=base.tokenizer.model_max_length,
+        return_tensors="pt",
+    )  # fmt: skip
+    bank = film_bank(
+        data_dir, held_out_rows, posteriors, [place[row["file_name"]] for row in held_out_rows], tokens.input_ids,
+        vae.config.scaling_factor, resolution, interpolation,
+    )  # fmt: skip
+    print(f"fold {config['fold']}: {len(bank)} held-out films of {len(set(bank.patients))} patients, "
+          f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
+
+    # Every score by film: the adapter, the base without it, and what bounds them
+    scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size)
+    with eval_mode(unet, text_encoder):
+        scores = {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        pipeline.disable_lora()
+        scores |= {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        pipeline.enable_lora()
+        mean = mean_film(data_dir, training_rows, resolution, settings["seed"])
+        scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
+        rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
+
+        # Free samples of the held-out captions, beside two things that need no model
+        films = sample(
+            pipeline, captions, [args.seed + i for i in range(len(bank))], resolution, args.num_inference_steps,
+            args.guidance_scale, args.batch_size,
+        )  # fmt: skip
+        generated = torch.stack(list(tqdm(films, total=len(bank), desc="generating", unit="film")))
+    others = bank.films[other_patients(bank.patients, args.seed)]
+    candidates_of = {"generated": generated, "random_pair": others, "mean_film": mean.expand_as(bank.films)}
+    for kind, candidates in candidates_of.items():
+        for name, metric in METRICS.items():
+            scores[f"free/{kind}/{name}"] = metric(candidates, bank.films).double()
+
+    # Figures, each with a bootstrap interval by patient
+    metrics = {
+        "fold": config["fold"],
+        "base": config["base"],
+        "adapter": {"sha256": sha256_file(adapter_file), "step": header.get("step")},
+        "films": len(bank),
+        "patients": len(set(bank.patients)),
+        "seed": args.seed,
+        "data_hash": config["data_hash"],
+        "sampling": {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale},
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": package_versions(),
+    } | summarise(scores, bank.patients, noise_levels(noise_scheduler), args.seed)
+    write_json(output_dir / "metrics.json", metrics)
+    write_jsonl(
+        output_dir / "films.jsonl",
+        (
+            {"file_name": row["file_name"], "patient_id": patient}
+            | {name: values[i].item() for name, values in scores.items()}
+            for i, (row, patient) in enumerate(zip(held_out_rows, bank.patients, strict=True))
+        ),
+    )
+
+    # What a person looks at
+    shown = [
+        [film.numpy() for film in (bank.films[i], *(rebuilt[strength][i] for strength in STRENGTHS), generated[i])]
+        for i in range(min(SHOWN, len(bank)))
+    ]
+    heads = ["real", *(f"rebuilt {strength}" for strength in STRENGTHS), "generated"]
+    note = "The first column shows real patients: not to be shared. The others are synthetic. Not for diagnosis."
+    save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
+    draw_noise_levels(output_dir / "noise_levels.png", metrics)
+    table = headline_table(metrics)
+    page = html_page(
+        f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients",
+        [html_table(*table), f"<p>{FREE_SAMPLES_NOTE}</p>", '<img src="noise_levels.png">', '<img src="films.png">'],
+    )
+    write_bytes(output_dir / "report.html", page.encode())
+    print_table(*table)
+    print(f"look at {output_dir / 'report.html'}")
+
+
+def read_config(run_dir: Path) -> dict:
+    """Return a run's settings as `train_lora.py` recorded them."""
+    config = run_dir / "config.json"
+    if not config.is_file():
+        raise Refused(f"no training run at {run_dir} ({config} is missing); expected a folder such as out/fold2")
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
+
+
+def rebuilt_films(
+    bank: FilmBank, unet, text_encoder, vae, noise_scheduler, indices: Sequence[int]
+) -> dict[float, Tensor]:
+    """Return some films rebuilt from each strength, uint8 [len(indices), H, W]."""
+    chunk = list(indices)
+    latents, noise = bank.latents[chunk].to(vae.device), bank.noise(chunk).to(vae.device)
+    encoder_hidden_states = text_encoder(bank.input_ids[chunk].to(vae.device))[0]
+    return {
+        strength: decode(vae, rebuild(unet, noise_scheduler, latents, noise, encoder_hidden_states, strength))
+        for strength in STRENGTHS
+    }
+
+
+def other_patients(patients: Sequence[str], seed: int) -> list[int]:
+    """Return for each film another one, drawn by seed, of another patient; itself where there is only one patient."""
+    generator = np.random.default_rng(derive_seed(seed, "random pair"))
+    chosen = []
+    for i, patient in enumerate(patients):
+        candidates = [j for j, other in enumerate(patients) if other != patient]
+        chosen.append(int(generator.choice(candidates)) if candidates else i)
+    return chosen
+
+
+def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequence[int], seed: int) -> dict:
+    """Return means with 95 % intervals: of each model, of the paired gain, and of the bounds.
+
+    Args:
+        scores: by name, one value a film, as `evaluate_fold` gathers them.
+        patients: whose film it is.
+        levels: timesteps of the noise-prediction error.
+        seed: of the bootstrap.
+    """
+
+    def stat(values: Tensor) -> dict:
+        low, high = bootstrap_interval(values.tolist(), patients, seed)
+        return {"mean": values.mean().item(), "interval": None if np.isnan(low) else [low, high]}
+
+    def compared(name: str) -> dict:
+        adapter, base = scores[f"adapter/{name}"], scores[f"base/{name}"]
+        return {"adapter": stat(adapter), "base": stat(base), "gain": stat(adapter - base)}
+
+    rebuilt = {}
+    for strength in STRENGTHS:
+        rebuilt[str(strength)] = {}
+        for name in ("ssim", "psnr"):
+            figures = compared(f"{name}/{strength}") | {"noisy": stat(scores[f"bound/{name}/noisy/{strength}"])}
+            floor, ceiling = (scores[f"bound/{name}/{bound}"].mean().item() for bound in ("mean_film", "ceiling"))
+            for model in ("adapter", "base"):
+                figures[f"{model}_normalised"] = (figures[model]["mean"] - floor) / (ceiling - floor)
+            rebuilt[str(strength)][name] = figures
+    return {
+        "rebuilt": rebuilt,
+        "bounds": {
+            name: {bound: stat(scores[f"bound/{name}/{bound}"]) for bound in ("mean_film", "ceiling")}
+            for name in ("ssim", "psnr")
+        },
+        "noise_prediction_mse": {str(level): compared(f"mse/{level}") for level in levels},
+        "free_samples": {"note": FREE_SAMPLES_NOTE}
+        | {
+            name: {kind: stat(scores[f"free/{kind}/{name}"]) for kind in ("generated", "random_pair", "mean_film")}
+            for name in METRICS
+        },
+    }
+
+
+def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what a reader wants first."""
+
+    def show(stat: dict | None, digits: int) -> str:
+        if stat is None:
+            return ""
+        interval = stat.get("interval")
+        between = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+        return f"{stat['mean']:.{digits}f}{between}"
+
+    rows = []
+    for strength, by_metric in metrics["rebuilt"].items():
+        for name, digits in (("ssim", 4), ("psnr", 2)):
+            figures, bounds = by_metric[name], metrics["bounds"][name]
+            title = f"rebuilt from {strength}: {name.upper()}{', dB' if name == 'psnr' else ''}"
+            parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
+            rows.append([title, *(show(part, digits) for part in parts)])
+    for level, figures in metrics["noise_prediction_mse"].items():
+        parts = figures["adapter"], figures["base"], figures["gain"]
+        rows.append([f"noise prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
+    for name, digits in (("ssim", 4), ("psnr", 2), ("mse", 4)):
+        figures = metrics["free_samples"][name]
+        rows.append([
+            f"free sample against its real partner: {name.upper()}", show(figures["generated"], digits),
+            f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
+        ])  # fmt: skip
+    heads = ["", "adapter", "base without LoRA", "gain, paired by film", "floor: mean film", "ceiling: autoencoder"]
+    return heads, rows
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with aligned columns."""
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    for row in [heads, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
+    """Put the evaluations of all folds into one table: mean and spread over folds, and pooled over films."""
+    evaluations = sorted(out.glob("fold*/evaluation/metrics.json"))
+    if len(evaluations) < 2:
+        raise Refused(
+            f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
+        )
+    folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
+    for name in ("base", "data_hash", "sampling", "seed"):
+        if len({json.dumps(fold[name], sort_keys=True) for fold in folds}) > 1:
+            raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
+    numbers = [fold["fold"] for fold in folds]
+    films = [row for path in evaluations for row in read_jsonl(path.with_name("films.jsonl"))]
+    if len({row["file_name"] for row in films}) < len(films):
+        raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
+
+    # Every figure by film, averaged within folds, then over folds; and over all films at once
+    patients = [row["patient_id"] for row in films]
+    names = [name for name in films[0] if name not in ("file_name", "patient_id")]
+    columns = {name: [row[name] for row in films] for name in names}
+    for name in [name for name in names if name.startswith("adapter/")]:
+        base = columns[name.replace("adapter/", "base/")]
+        columns[name.replace("adapter/", "gain/")] = [a - b for a, b in zip(columns[name], base, strict=True)]
+    sizes, summary = [fold["films"] for fold in folds], {}
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for name, values in sorted(columns.items()):
+        means = [statistics.fmean(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+        low, high = bootstrap_interval(values, patients, seed)
+        summary[name] = {
+            "mean": statistics.fmean(means), "sd": statistics.stdev(means), "by_fold": means,
+            "pooled": statistics.fmean(values), "pooled_interval": [low, high],
+        }  # fmt: skip
+    record = {
+        "folds": numbers, "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
+        "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
+    }  # fmt: skip
+    write_json(output_dir / "summary.json", record)
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["figure", "mean", "sd", *(f"fold{number}" for number in numbers), "pooled", "low", "high"])
+    for name, row in summary.items():
+        writer.writerow([name, row["mean"], row["sd"], *row["by_fold"], row["pooled"], *row["pooled_interval"]])
+    write_bytes(output_dir / "summary.csv", table.getvalue().encode())
+
+    first = [f"{kind}/{metric}/{HEADLINE}" for metric in ("ssim", "psnr") for kind in ("adapter", "base", "gain")]
+    first += [f"bound/{metric}/{bound}" for metric in ("ssim", "psnr") for bound in ("mean_film", "ceiling")]
+    heads = ["figure", "mean of folds", "sd", *(f"fold {number}" for number in numbers), "pooled [95 % by patient]"]
+
+    def line(name: str) -> list[str]:
+        row = summary[name]
+        low, high = row["pooled_interval"]
+        return [name, f"{row['mean']:.4f}", f"{row['sd']:.4f}", *(f"{value:.4f}" for value in row["by_fold"]),
+                f"{row['pooled']:.4f} [{low:.4f}, {high:.4f}]"]  # fmt: skip
+
+    title = f"{len(folds)}-fold cross-validation: {len(films)} films of {len(set(patients))} patients"
+    rest = [name for name in summary if name not in first]
+    page = [html_table(heads, [line(name) for name in [*first, *rest]]), f"<p>free/...: {FREE_SAMPLES_NOTE}</p>"]
+    write_bytes(output_dir / "report.html", html_page(title, page).encode())
+    print(title)
+    print_table(heads, [line(name) for name in first])
+    print(f"look at {output_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_args))

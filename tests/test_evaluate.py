@@ -1,0 +1,135 @@
+"""Evaluation on tiny runs: only held-out films, honest floors, and folds put together right."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import evaluate
+from tests.test_train_lora import train
+from utils.refusal import Refused
+
+
+def measure(*args) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    evaluate.main(evaluate.parse_args([str(arg) for arg in args]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluated folds."""
+    out = tmp_path_factory.mktemp("runs")
+    for fold in ("0", "1"):
+        train(tiny_base, tiny_data, out / f"fold{fold}", "--fold", fold, "--max_train_steps", "4")
+        measure("--lora", out / f"fold{fold}", "--num_inference_steps", "2", "--mixed_precision", "no")
+    return out
+
+
+def test_only_the_held_out_fold_is_measured(runs: Path, tiny_data: Path) -> None:
+    folds = {row["file_name"]: row["fold"] for row in map(json.loads, (tiny_data / "metadata.jsonl").open())}
+    for fold in (0, 1):
+        films = [json.loads(line) for line in (runs / f"fold{fold}" / "evaluation" / "films.jsonl").open()]
+        assert sorted(row["file_name"] for row in films) == sorted(name for name, f in folds.items() if f == fold)
+
+
+def test_figures_stand_beside_their_bounds(runs: Path) -> None:
+    metrics = json.loads((runs / "fold0" / "evaluation" / "metrics.json").read_text())
+    assert (metrics["films"], metrics["patients"]) == (8, 4)
+    for strength in ("0.3", "0.5", "0.7"):
+        for name in ("ssim", "psnr"):
+            figures = metrics["rebuilt"][strength][name]
+            assert figures["gain"]["mean"] == pytest.approx(figures["adapter"]["mean"] - figures["base"]["mean"])
+            low, high = figures["gain"]["interval"]
+            assert low <= figures["gain"]["mean"] <= high
+            assert {"noisy", "adapter_normalised", "base_normalised"} <= set(figures)
+    assert len(metrics["noise_prediction_mse"]) == 10
+    free = metrics["free_samples"]
+    assert "Not a measure of quality" in free["note"]
+    assert {"generated", "random_pair", "mean_film"} == set(free["ssim"])
+    assert metrics["adapter"]["step"] is not None
+
+
+def test_the_base_is_scored_without_the_adapter(runs: Path, tiny_base: Path) -> None:
+    """Step 0 of training measures the base too, by the same code on other films; here it must differ from the adapter."""
+    films = [json.loads(line) for line in (runs / "fold0" / "evaluation" / "films.jsonl").open()]
+    assert any(row["adapter/mse/50"] != row["base/mse/50"] for row in films)
+
+
+def test_pictures_and_report_are_there(runs: Path) -> None:
+    folder = runs / "fold0" / "evaluation"
+    report = (folder / "report.html").read_text()
+    for name in ("films.png", "noise_levels.png"):
+        assert (folder / name).stat().st_size > 1000
+        assert name in report
+
+
+def test_evaluation_repeats_to_the_byte(runs: Path, tmp_path: Path) -> None:
+    measure(
+        "--lora", runs / "fold0", "--num_inference_steps", "2", "--mixed_precision", "no", "--output_dir", tmp_path
+    )
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (runs / "fold0" / "evaluation" / path.name).read_bytes(), path.name
+
+
+def test_random_pairs_are_of_different_patients() -> None:
+    patients = ["a", "a", "b", "c", "c", "c"]
+    pairs = evaluate.other_patients(patients, seed=0)
+    assert all(patients[i] != patients[j] for i, j in enumerate(pairs))
+    assert evaluate.other_patients(["a", "a"], seed=0) == [0, 1]
+
+
+def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: Path) -> None:
+    measure("--cross_validation", runs, "--output_dir", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    figure = summary["figures"]["adapter/ssim/0.5"]
+    means = [
+        json.loads((runs / f"fold{fold}" / "evaluation" / "metrics.json").read_text())["rebuilt"]["0.5"]["ssim"]
+        for fold in (0, 1)
+    ]
+    means = [figures["adapter"]["mean"] for figures in means]
+    assert figure["by_fold"] == pytest.approx(means)
+    assert figure["mean"] == pytest.approx(statistics.fmean(means))
+    assert figure["sd"] == pytest.approx(statistics.stdev(means))
+    assert summary["films"] == 16
+    assert summary["patients"] == 8
+    gain = summary["figures"]["gain/ssim/0.5"]
+    assert gain["pooled"] == pytest.approx(figure["pooled"] - summary["figures"]["base/ssim/0.5"]["pooled"])
+    assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + 1
+    assert "2-fold cross-validation" in (tmp_path / "report.html").read_text()
+
+
+def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(runs, tmp_path / "out"))
+    shutil.copytree(out / "fold1", out / "fold1-again")
+    with pytest.raises(Refused, match="held out in two of the folds"):
+        measure("--cross_validation", out)
+    shutil.rmtree(out / "fold1-again")
+    path = out / "fold1" / "evaluation" / "metrics.json"
+    path.write_text(path.read_text().replace('"guidance_scale": 4.0', '"guidance_scale": 7.5'))
+    with pytest.raises(Refused, match="differ in sampling"):
+        measure("--cross_validation", out)
+
+
+def test_other_data_than_trained_on_is_refused(runs: Path, own_data: Path) -> None:
+    table = own_data / "metadata.jsonl"
+    table.write_text(table.read_text().replace("Pneumonia", "Normal"))
+    with pytest.raises(Refused, match="not the data"):
+        measure("--lora", runs / "fold0", "--train_data_dir", own_data)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "nothing to measure"),
+        (["--lora", "/nowhere"], "no training run at"),
+        (["--cross_validation", "/nowhere"], "0 evaluated folds"),
+        (["--lora", "/nowhere", "--batch_size", "0"], "--batch_size 0"),
+    ],
+)
+def test_bad_input_is_refused_in_words(args: list[str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        measure(*args)

@@ -1,0 +1,117 @@
+"""Generation on a tiny model: what an image depends on, what it says of itself, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import generate
+from utils.refusal import Refused
+
+PROMPTS = ("PA chest radiograph of a man.", "AP chest radiograph of a woman. Pneumonia.")
+
+
+def make(base: Path, output: Path, *more: str) -> list[dict]:
+    """Run the script's main as a fresh process would and return its record."""
+    paths = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(output)]
+    quick = ["--num_inference_steps", "3", "--resolution", "64", "--mixed_precision", "no"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    generate.main(generate.parse_args([*paths, *quick, *more]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return [json.loads(line) for line in (output / "images.jsonl").read_text().splitlines()]
+
+
+def pixels(output: Path, row: dict) -> np.ndarray:
+    return np.asarray(Image.open(output / row["file_name"])).astype(int)
+
+
+def asking(*prompts: str) -> list[str]:
+    return [word for prompt in prompts for word in ("--prompt", prompt)]
+
+
+def test_an_image_does_not_depend_on_what_else_is_asked_for(tiny_base: Path, tmp_path: Path) -> None:
+    together = make(tiny_base, tmp_path / "a", *asking(*PROMPTS), "--num_images", "3")
+    reverse = make(tiny_base, tmp_path / "b", *asking(*reversed(PROMPTS)), "--num_images", "3")
+    alone = make(tiny_base, tmp_path / "c", *asking(PROMPTS[1]), "--seed", "2")
+    assert len(together) == 6
+    by_name = {row["file_name"]: row["sha256"] for row in together}
+    assert {row["file_name"]: row["sha256"] for row in reverse} == by_name
+    assert alone[0]["seed"] == 2
+    assert by_name[alone[0]["file_name"]] == alone[0]["sha256"]
+
+
+def test_another_batch_size_differs_by_a_grey_level_at_most(tiny_base: Path, tmp_path: Path) -> None:
+    rows = {
+        size: make(tiny_base, tmp_path / size, *asking(*PROMPTS), "--num_images", "2", "--batch_size", size)
+        for size in ("1", "3")
+    }
+    for one, other in zip(rows["1"], rows["3"], strict=True):
+        assert np.abs(pixels(tmp_path / "1", one) - pixels(tmp_path / "3", other)).max() <= 1
+
+
+def test_prompts_share_their_noise_and_seeds_do_not(tiny_base: Path, tmp_path: Path) -> None:
+    rows = make(tiny_base, tmp_path, *asking(*PROMPTS), "--num_images", "2", "--guidance_scale", "1")
+    first, other_seed, same_seed, _ = (pixels(tmp_path, row) for row in rows)
+    assert np.abs(first - same_seed).mean() < np.abs(first - other_seed).mean() / 4
+
+
+def test_images_are_grey_and_say_how_they_were_made(tiny_base: Path, tmp_path: Path) -> None:
+    row = make(tiny_base, tmp_path, *asking("Überlagerung, left.\u2028"), "--seed", "7")[0]
+    image = Image.open(tmp_path / row["file_name"])
+    assert image.mode == "L"
+    assert image.size == (64, 64)
+    assert image.text["Synthetic"] == "YES"
+    assert "Not for diagnosis" in image.text["Disclaimer"]
+    assert image.text["prompt"] == "Überlagerung, left."
+    for name in ("seed", "guidance_scale", "num_inference_steps", "scheduler", "base", "adapter_sha256"):
+        assert name in image.text
+    assert row["synthetic"] is True
+    assert (tmp_path / "contact_sheet.png").is_file()
+
+
+def test_finished_images_are_left_alone_and_missing_ones_made_again(tiny_base: Path, tmp_path: Path) -> None:
+    rows = make(tiny_base, tmp_path, *asking(*PROMPTS))
+    kept, lost = (tmp_path / row["file_name"] for row in rows)
+    before, when = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    record = (tmp_path / "images.jsonl").read_bytes()
+    (tmp_path / "images.jsonl").write_bytes(record[:-30])  # torn by a kill
+    make(tiny_base, tmp_path, *asking(*PROMPTS))
+    assert lost.read_bytes() == before
+    assert kept.stat().st_mtime_ns == when
+    assert (tmp_path / "images.jsonl").read_bytes() == record
+    make(tiny_base, tmp_path, *asking(*PROMPTS), "--guidance_scale", "2")
+    assert len((tmp_path / "images.jsonl").read_text().splitlines()) == 4
+    assert kept.stat().st_mtime_ns == when
+
+
+def test_prompts_come_from_a_file_too(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", PROMPTS[0]]))
+    rows = make(tiny_base, tmp_path / "out", "--prompts_file", str(tmp_path / "prompts.txt"))
+    assert [row["prompt"] for row in rows] == list(PROMPTS)
+
+
+@pytest.mark.parametrize("scheduler", sorted(generate.SCHEDULERS))
+def test_every_scheduler_named_in_the_help_runs(tiny_base: Path, tmp_path: Path, scheduler: str) -> None:
+    row = make(tiny_base, tmp_path, *asking(PROMPTS[0]), "--scheduler", scheduler)[0]
+    assert pixels(tmp_path, row).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "no prompt"),
+        (["--prompts_file", "/nowhere"], "no prompts at"),
+        (["--prompt", "x", "--lora", "/nowhere"], "no adapter at"),
+        (["--prompt", "x", "--num_images", "0"], "--num_images 0"),
+        (["--prompt", "x", "--resolution", "100"], "multiple of 16"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_input_is_refused_in_words(tiny_base: Path, tmp_path: Path, extra: list[str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        make(tiny_base, tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
