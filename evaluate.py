@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
-from utils.folds import ensure_folds, split_fold
+from utils.folds import split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores
 from utils.latents import cache_posteriors, mean_film
 from utils.lora import find_adapter, read_adapter
@@ -110,7 +110,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
 
     # The fold that was held out, and the training films that floors are fitted on
     rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
-    rows = ensure_folds(rows, settings["group_by"])
+    rows = with_folds(rows, group_by=settings["group_by"])
     training_rows, _, held_out_rows = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
     if dataset_hash(rows) != config["data_hash"]:
         raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")

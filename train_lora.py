@@ -44,7 +44,7 @@ from utils.checkpoint import clear_run, find_start, prune_checkpoints, save_chec
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
-from utils.folds import ensure_folds, split_fold
+from utils.folds import split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
 from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
 from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
@@ -313,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Films: one fold is held out and a tenth of the other folds' patients validates
     rows = read_metadata(data_dir, args.image_column, args.caption_column)
-    rows = ensure_folds(rows, args.group_by)
+    rows = with_folds(rows, group_by=args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
     set_hash = dataset_hash(rows)
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)

@@ -1,13 +1,13 @@
 """Checkpoints that are whole or absent: everything an exact resume needs and nothing else."""
 
+import io
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
-from utils.files import write_json
+from utils.files import write_bytes, write_json
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
 from utils.runlog import differences
@@ -35,10 +35,9 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     partial = run / f"checkpoint-{step}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with open(partial / TENSORS_NAME, "wb") as file:
-        torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
+    buffer = io.BytesIO()  # on a full disk torch.save to a file fails without saying so
+    torch.save(tensors, buffer)
+    write_bytes(partial / TENSORS_NAME, buffer.getvalue())
     write_json(partial / STATE_NAME, state)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

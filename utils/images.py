@@ -24,7 +24,7 @@ def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Te
     Raises:
         films.UnusableFilm: where the file is no usable film.
     """
-    film, _ = to_square(decode_film(path), resolution)
+    film, _ = to_square(decode_film(path), resolution, Image.Resampling[interpolation.upper()])
     return torch.from_numpy(np.array(film))
 
 

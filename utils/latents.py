@@ -6,6 +6,7 @@ latents (Rombach et al. 2022, arXiv:2112.10752, Sec. 3.1; Kingma and Welling 201
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -134,6 +135,8 @@ def cache_posteriors(
         partial.mkdir(parents=True)
         for name in ("mean", "std"):
             np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+            with open(partial / f"{name}.npy", "r+b") as file:  # a full disk shows here, not as a crash while encoding
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     wait_for_everyone()
     files = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("mean", "std")}
     share = range(process_index, len(rows), num_processes)

@@ -32,7 +32,8 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
     except OSError as error:
         if error.errno not in UNUSABLE_DISK:
             raise
-        print(f"{script}: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        where = f" {error.filename}" if error.filename else ""
+        print(f"{script}: cannot write{where}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted; the same command goes on from here", file=sys.stderr)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up, lint and test on a fresh machine: bash launch/test.sh
+# Arguments go to pytest: bash launch/test.sh -k resumed. PYTHON names the interpreter that .venv is made with.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements.txt -r requirements-dev.txt -c constraints.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"

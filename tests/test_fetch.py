@@ -1,0 +1,214 @@
+"""Downloads from a server on this machine that misbehaves in every way servers do."""
+
+import hashlib
+import random
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+
+from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client, read_file
+from utils.refusal import Refused
+
+CONTENT = random.Random(0).randbytes(1 << 20)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT under any name; `script` holds one behaviour a request, "ok" once it is used up."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.ranges, self.etag, self.content = [], [], '"one"', CONTENT
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        behaviour = server.script.pop(0) if server.script else "ok"
+        asked = self.headers.get("Range")
+        server.ranges.append(asked)
+        if isinstance(behaviour, int):
+            self.send_response(behaviour)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(asked[6:-1]) if asked and behaviour != "ignores range" else 0
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+        self.send_header("ETag", server.etag)
+        if behaviour != "says no length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        half = behaviour in ("breaks off", "says no length")
+        self.wfile.write(body[: len(body) // 2] if half else body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def fetch(server, path, stop=None, **expected):
+    with open_client(2) as client:
+        fetch_file(
+            client, f"{server.address}/film.png", path, stop or threading.Event(), first_wait_s=0.01, **expected
+        )
+
+
+def leftovers(path):
+    parts = path.parent / ".part"
+    return list(parts.iterdir()) if parts.is_dir() else []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [],
+        [500, 503, 429],
+        ["breaks off", "breaks off"],
+        ["breaks off", "ignores range"],
+        ["breaks off", 416],
+        ["breaks off", 500, "breaks off", 502],
+    ],
+)
+def test_file_arrives_whole_through_faults(script, server, tmp_path):
+    server.script = script
+    path = tmp_path / "raw" / "film.png"
+    fetch(server, path, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT
+    assert not leftovers(path)
+
+
+def test_a_broken_transfer_goes_on_where_it_was(server, tmp_path):
+    server.script = ["breaks off"]
+    fetch(server, tmp_path / "film.png")
+    assert server.ranges == [None, f"bytes={len(CONTENT) // 2}-"]
+
+
+def test_another_run_goes_on_where_the_first_was(server, tmp_path):
+    server.script = ["breaks off", *[500] * 5]
+    path = tmp_path / "film.png"
+    with pytest.raises(NotFetched, match="server error 500"):
+        fetch(server, path)
+    assert not path.exists()
+    server.ranges.clear()
+    fetch(server, path)
+    assert server.ranges == [f"bytes={len(CONTENT) // 2}-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_two_versions_are_never_stitched_together(server, tmp_path):
+    server.script = ["breaks off", *[500] * 5]
+    path = tmp_path / "film.png"
+    with pytest.raises(NotFetched):
+        fetch(server, path)
+    server.etag, server.content = '"two"', CONTENT[::-1]
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT[::-1]
+    assert not leftovers(path)
+
+
+def test_parts_of_files_with_similar_names_are_kept_apart(server, tmp_path):
+    server.script = ["breaks off", *[500] * 5]
+    with pytest.raises(NotFetched):
+        fetch(server, tmp_path / "film.png.png")
+    server.ranges.clear()
+    fetch(server, tmp_path / "film.png")
+    assert server.ranges == [None]
+
+
+def test_a_file_that_is_there_is_not_asked_for(server, tmp_path):
+    (tmp_path / "film.png").write_bytes(b"whole")
+    fetch(server, tmp_path / "film.png")
+    assert not server.ranges
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "num_requests"),
+    [([404], "not found", 1), ([403], "refused by the server", 1), ([500] * 9, "server error 500", 6)],
+)
+def test_hopeless_files_are_given_up(script, reason, num_requests, server, tmp_path):
+    server.script = script
+    with pytest.raises(NotFetched, match=reason):
+        fetch(server, tmp_path / "film.png")
+    assert len(server.ranges) == num_requests
+    assert not (tmp_path / "film.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("expected", "reason"),
+    [(dict(sha256="0" * 64), "wrong SHA-256"), (dict(size=10), "wrong size"), (dict(size=1 << 21), "broken off")],
+)
+def test_a_wrong_file_gets_no_final_name(expected, reason, server, tmp_path):
+    with pytest.raises(NotFetched, match=reason):
+        fetch(server, tmp_path / "film.png", **expected)
+    assert not (tmp_path / "film.png").exists()
+
+
+def test_a_file_cut_short_without_a_word_is_noticed_where_its_size_is_known(server, tmp_path):
+    server.script = ["says no length"]
+    fetch(server, tmp_path / "film.png", size=len(CONTENT))
+    assert (tmp_path / "film.png").read_bytes() == CONTENT
+
+
+def test_a_host_that_does_not_answer_is_refused(server, tmp_path):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(Refused, match="cannot connect"):
+        fetch(server, tmp_path / "film.png")
+
+
+def test_a_stopped_run_stops_waiting_and_transferring(server, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        fetch(server, tmp_path / "film.png", stop)
+    server.script = [500]
+    with pytest.raises(Stopped):
+        fetch(server, tmp_path / "other.png", stop)
+
+
+def test_names_are_quoted_in_addresses(server, tmp_path):
+    seen = []
+    transport = httpx.MockTransport(lambda request: seen.append(request.url.raw_path) or httpx.Response(404))
+    with httpx.Client(transport=transport) as client:
+        assert read_file(client, "http://host/set", "a b/ü#1?.csv") is None
+    assert seen == [b"/set/a%20b/%C3%BC%231%3F.csv"]
+
+
+def test_tables_are_read_from_folder_and_address_alike(server, tmp_path):
+    (tmp_path / "table.csv").write_bytes(CONTENT)
+    with open_client(1) as client:
+        assert read_file(client, str(tmp_path), "table.csv") == read_file(client, server.address, "table.csv")
+        server.script = [404]
+        assert (
+            read_file(client, str(tmp_path), "absent.csv") is read_file(client, server.address, "absent.csv") is None
+        )
+        server.script = [403]
+        with pytest.raises(Refused, match="403"):
+            read_file(client, server.address, "table.csv")
+
+
+@pytest.mark.parametrize("mirror", ["ftp://host/set", "file:///set", "http://", "https:///set", "/no/such/folder", ""])
+def test_mirrors_that_cannot_be_read_are_refused(mirror, tmp_path, monkeypatch):
+    with pytest.raises(Refused, match="--mirror"):
+        check_mirror(mirror)
+
+
+def test_mirror_loses_its_last_slash(tmp_path):
+    assert check_mirror("https://host/set/") == "https://host/set"
+    assert check_mirror(f"{tmp_path}/") == str(tmp_path)

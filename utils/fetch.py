@@ -1,0 +1,233 @@
+"""Files from a mirror: a local folder, read in place, or an address, downloaded so that a kill at any time costs nothing.
+
+A file has its final name only when it is whole. What has come so far lies in `.part/` beside it, under a name that
+holds the version the server gave (ETag, date, size), so that two versions are never stitched together.
+"""
+
+import hashlib
+import random
+import threading
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+
+from utils.files import sha256_file
+from utils.refusal import Refused
+
+TIMEOUT_S = 20.0  # without a single byte
+MAX_WAIT_S = 30.0
+ATTEMPTS = 6
+FIRST_WAIT_S = 0.5
+
+
+class NotFetched(Exception):
+    """A file the mirror does not give; the message is the reason, in words that can be counted."""
+
+
+class Stopped(Exception):
+    """The run is ending; nobody waits for this file any more."""
+
+
+class TryAgain(Exception):
+    """What may well succeed a moment later."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0):
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def is_address(mirror: str) -> bool:
+    """Return whether the mirror is an http(s) address rather than a folder."""
+    return mirror.lower().startswith(("http://", "https://"))
+
+
+def check_mirror(mirror: str) -> str:
+    """Return the mirror without a slash at its end; refuse what is neither an http(s) address nor a folder."""
+    if is_address(mirror):
+        try:
+            host = httpx.URL(mirror).host
+        except httpx.InvalidURL:
+            host = ""
+        if not host:
+            raise Refused(f"--mirror {mirror} is no address; expected something like https://host/folder")
+        return mirror.rstrip("/")
+    if "://" in mirror:
+        raise Refused(f"--mirror {mirror}: only http:// and https:// addresses and local folders can be read")
+    folder = Path(mirror).expanduser()
+    if not mirror or not folder.is_dir():
+        raise Refused(f"--mirror {mirror} is not a folder; expected an existing folder or an http(s) address")
+    return str(folder)
+
+
+def address_of(mirror: str, name: str) -> str:
+    """Return the address of a file below the mirror's address."""
+    return f"{mirror}/{quote(name)}"
+
+
+def open_client(num_connections: int) -> httpx.Client:
+    """Return the one client that all threads share; at most `num_connections` transfers run at once."""
+    limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
+    timeout = httpx.Timeout(TIMEOUT_S, pool=None)
+    return httpx.Client(limits=limits, timeout=timeout, follow_redirects=True)
+
+
+def read_file(client: httpx.Client, mirror: str, name: str) -> bytes | None:
+    """Return a small file of the mirror as bytes, None where the mirror has no such file.
+
+    Raises:
+        Refused: where the mirror does not answer or does not let us read.
+    """
+    if not is_address(mirror):
+        path = Path(mirror) / name
+        try:
+            return path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise Refused(f"cannot read {path}: {error.strerror}") from None
+    address = address_of(mirror, name)
+
+    def get() -> bytes:
+        response = client.get(address)
+        check_status(response)
+        return response.content
+
+    try:
+        return with_retries(get, address, threading.Event(), attempts=3)
+    except NotFetched as failure:
+        if str(failure) == "not found":
+            return None
+        raise Refused(f"cannot read {address}: {failure}; is --mirror right?") from None
+
+
+def fetch_file(
+    client: httpx.Client,
+    address: str,
+    path: Path,
+    stop: threading.Event,
+    size: int | None = None,
+    sha256: str | None = None,
+    first_wait_s: float = FIRST_WAIT_S,
+) -> None:
+    """Download a file, going on where an earlier attempt ended, unless it is there already.
+
+    Args:
+        path: its final name, which it gets when it is whole.
+        stop: set it from another thread and the transfer ends with `Stopped` at the next block.
+        size: in bytes, where known beforehand; the server's Content-Length is checked in any case.
+        sha256: 64 hexadecimal digits, where known.
+
+    Raises:
+        NotFetched: not there, not allowed, or still broken after several attempts.
+        Refused: where the host cannot be reached.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256), address, stop, first_wait_s)
+
+
+def with_retries(transfer, address: str, stop: threading.Event, first_wait_s=FIRST_WAIT_S, attempts=ATTEMPTS):
+    """Call `transfer()` until it succeeds, waiting about twice as long each time, and return what it returned."""
+    for attempt in range(attempts):
+        try:
+            return transfer()
+        except TryAgain as failure:
+            reason, wait_s = str(failure), failure.wait_s
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            reason, wait_s = f"cannot connect ({error})", 0.0
+        except httpx.TransportError:
+            reason, wait_s = "transfer broken off", 0.0
+        except (httpx.RequestError, httpx.InvalidURL):
+            raise NotFetched("no proper answer from the server") from None
+        if attempt + 1 < attempts:
+            # Jitter, so that the threads do not all come back at the same moment
+            wait_s = max(wait_s, first_wait_s * 2**attempt * random.uniform(0.5, 1.5))
+            if stop.wait(min(wait_s, MAX_WAIT_S)):
+                raise Stopped
+    if reason.startswith("cannot connect"):
+        raise Refused(f"{address}: {reason}; check --mirror and the network, the same command then goes on from here")
+    raise NotFetched(reason)
+
+
+def check_status(response: httpx.Response) -> None:
+    """Sort the answers of a server into usable, to be tried again and hopeless."""
+    status = response.status_code
+    if status in (408, 425, 429) or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        raise TryAgain(f"server error {status}", wait_s=float(wait) if wait.isdecimal() else 0.0)
+    if status in (404, 410):
+        raise NotFetched("not found")
+    if status not in (200, 206):
+        raise NotFetched(f"refused by the server ({status})")
+
+
+def fetch_once(
+    client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
+) -> None:
+    """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
+    parts = path.parent / ".part"  # a folder of its own, so that looking for a part stays quick among many films
+    parts.mkdir(exist_ok=True)
+    known = sorted(candidate for candidate in parts.iterdir() if is_part_of(candidate, path))
+    offset = known[0].stat().st_size if known else 0
+    headers = {"Accept-Encoding": "identity"}  # lengths and ranges then count the file's own bytes
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    with client.stream("GET", address, headers=headers) as response:
+        if response.status_code == 416:
+            known[0].unlink()
+            raise TryAgain("range not understood")
+        check_status(response)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise NotFetched("sent compressed")
+        start, total = announced_range(response)
+        part = parts / f"{path.name}.{version_of(response, total)}"
+        if start and (start != offset or part not in known):
+            known[0].unlink()
+            raise TryAgain("changed on the server")
+        for stale in known:
+            if stale != part:
+                stale.unlink()
+        with open(part, "ab" if start else "wb") as file:
+            for block in response.iter_raw(1 << 16):
+                if stop.is_set():
+                    raise Stopped
+                file.write(block)
+    check_whole(part, size, total, sha256)
+    part.replace(path)
+
+
+def is_part_of(candidate: Path, path: Path) -> bool:
+    """Return whether a file is an unfinished download of `path`."""
+    return candidate.name.rpartition(".")[0] == path.name
+
+
+def announced_range(response: httpx.Response) -> tuple[int, int | None]:
+    """Return where in the file the body begins and how long the whole file is, None where the server does not say."""
+    if response.status_code == 200:
+        length = response.headers.get("Content-Length", "")
+        return 0, int(length) if length.isdecimal() else None
+    unit, _, span = response.headers.get("Content-Range", "").partition(" ")
+    first, _, total = span.replace("-", "/").partition("/")
+    total = total.rpartition("/")[2]
+    if unit != "bytes" or not first.isdecimal():
+        raise TryAgain("range not understood")
+    return int(first), int(total) if total.isdecimal() else None
+
+
+def version_of(response: httpx.Response, total: int | None) -> str:
+    """Return eight digits that change when the file on the server does."""
+    marks = [response.headers.get("ETag"), response.headers.get("Last-Modified"), total]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:8]
+
+
+def check_whole(part: Path, size: int | None, total: int | None, sha256: str | None) -> None:
+    """Compare an unfinished download with what is known of the file; keep a short one, remove a wrong one."""
+    length = part.stat().st_size
+    for expected in (size, total):
+        if expected is not None and length != expected:
+            if length > expected or length == total:
+                part.unlink()
+            raise TryAgain("transfer broken off" if length < expected else "wrong size")
+    if sha256 is not None and sha256_file(part) != sha256:
+        part.unlink()
+        raise TryAgain("wrong SHA-256")

@@ -1,0 +1,229 @@
+"""From a film as it was published to an 8-bit grey square: decoding, grey scale, geometry, PNG.
+
+Left stays left and top stays top. Whatever cannot be turned into a film that a radiologist would recognise raises
+`UnusableFilm`, whose text is the reason written to `rejected.jsonl`: fixed words, so that reasons can be counted.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+PREPROCESSING = 1  # raise it when the same film gives other pixels: older sets are then made again, not mixed
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow would also run Ghostscript on an EPS file
+MAX_PIXELS = 80_000_000  # four times the largest detector in use, and below the size at which Pillow warns
+MIN_SIDE_PX = 64
+MAX_PAD_FREE_ASPECT = 1.25  # beyond it a centre crop would cut apices or costophrenic angles
+COLOUR_SPREAD = 32  # grey levels between the channels of a pixel that is plainly coloured
+MAX_COLOURED = 0.02  # share of such pixels; a small coloured mark on a film is below it, a screenshot above
+SCALE_PERCENTILES = (0.1, 99.9)
+THUMBNAIL_PX = 128
+
+
+class UnusableFilm(ValueError):
+    """A film that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """One film of a source: where it lies below the mirror, and what is known of it."""
+
+    source_id: str
+    path: str  # below the mirror, with "/"
+    file_name: str  # in the data folder
+    text: str
+    patient_id: str | None = None
+    findings: list[str] | None = None  # empty: none of the listed findings; None: not known
+    view: str | None = None
+    age: int | None = None  # years
+    sex: str | None = None  # "M" or "F"
+
+
+def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
+    """Return the PNG of a film and what to note of it.
+
+    Returns:
+        The PNG's bytes (8-bit grey, `resolution` squared) and width and height of the original in pixels, geometry,
+        and the difference hash of the result in hexadecimal.
+
+    Raises:
+        UnusableFilm: with the reason.
+    """
+    grey = decode_film(path)
+    square, geometry = to_square(grey, resolution)
+    height, width = grey.shape
+    return encode_png(square), {
+        "width": width,
+        "height": height,
+        "geometry": geometry,
+        "dhash": f"{difference_hash(square):016x}",
+    }
+
+
+def decode_film(path: Path) -> np.ndarray:
+    """Decode a film to 8-bit grey, upright as its EXIF orientation says.
+
+    8-bit grey values are kept as they are. Alpha that is opaque everywhere is dropped, any other is composited on
+    black. More than 8 bits are scaled to 8, see `scale_to_8_bit`.
+
+    Returns:
+        Grey levels, uint8, [H, W].
+
+    Raises:
+        UnusableFilm: unreadable, truncated, absurdly large, tiny, blank or coloured.
+    """
+    image = load_image(path)
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image)
+        # Pillow turns the grey scale of such a TIFF round for 8 bits only
+        white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        grey = scale_to_8_bit(65535 - levels if white_is_zero else levels)
+    else:
+        grey = flatten(image)
+    if grey.std() < 1:
+        raise UnusableFilm("blank")
+    return grey
+
+
+def load_image(path: Path) -> Image.Image:
+    """Open and decode an image file whole and turn it upright; refuse what is no image, broken, too large or small."""
+    try:
+        with open(path, "rb") as file:  # given the path, Pillow 13 maps a TIFF that lies on its side with wrong lines
+            image = Image.open(file, formats=FORMATS)
+            width, height = image.size
+            if width * height <= MAX_PIXELS:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnusableFilm("too large") from None
+    except FileNotFoundError:
+        raise UnusableFilm("not found") from None
+    except Exception:  # a damaged file makes Pillow's decoders raise almost anything
+        raise UnusableFilm("cannot be decoded") from None
+    if width * height > MAX_PIXELS:
+        raise UnusableFilm("too large")
+    if min(width, height) < MIN_SIDE_PX:
+        raise UnusableFilm(f"smaller than {MIN_SIDE_PX} px")
+    return image
+
+
+def flatten(image: Image.Image) -> np.ndarray:
+    """Reduce an image of at most 8 bits a channel to grey.
+
+    Returns:
+        Grey levels, uint8, [H, W].
+
+    Raises:
+        UnusableFilm: for a colour picture.
+    """
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))  # [H, W]
+        image = image.convert("RGB")
+    else:
+        alpha = None
+    if image.mode not in ("1", "L"):
+        channels = np.asarray(image.convert("RGB"))  # [H, W, 3]
+        spread = channels.max(axis=2) - channels.min(axis=2)
+        if (spread > COLOUR_SPREAD).mean() > MAX_COLOURED:
+            raise UnusableFilm("colour picture")
+    grey = np.asarray(image.convert("L"))
+    if alpha is None or (alpha == 255).all():
+        return grey
+    return np.round(grey * (alpha / 255.0)).astype(np.uint8)
+
+
+def scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
+    """Scale grey levels of more than 8 bits to 8, linearly between two percentiles of the exposed pixels.
+
+    Dividing by 256 would leave a 12-bit film in a 16-bit file all but black; the true range would let one dead pixel
+    or a burnt-in marker do the same. The percentiles are taken over the pixels that are not zero, because collimated
+    borders would otherwise be the histogram, and lie so far out (0.1 and 99.9) that two pixels in a thousand
+    saturate at most.
+
+    Args:
+        levels: integers of any sign or floats, [H, W].
+
+    Returns:
+        Grey levels, uint8, [H, W].
+
+    Raises:
+        UnusableFilm: where all levels are equal or some are not finite.
+    """
+    if not np.isfinite(levels).all():
+        raise UnusableFilm("cannot be decoded")
+    exposed = levels[levels != 0] if levels.min() == 0 else levels
+    if not exposed.size:
+        raise UnusableFilm("blank")
+    low, high = np.percentile(exposed, SCALE_PERCENTILES)
+    if high == low:
+        low, high = levels.min(), levels.max()
+    if high == low:
+        raise UnusableFilm("blank")
+    scaled = (levels - np.float64(low)) * (255 / (np.float64(high) - low))
+    return np.round(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def to_square(
+    grey: np.ndarray, resolution: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> tuple[np.ndarray, str]:
+    """Bring a film to a square: long ones are padded with black, others lose their margin.
+
+    A square film of the right size comes back unchanged, bit for bit.
+
+    Args:
+        grey: uint8, [H, W].
+        resolution: side of the result in pixels.
+        resample: Pillow filter.
+
+    Returns:
+        Grey levels, uint8, [resolution, resolution], and "none", "crop" or "pad".
+    """
+    height, width = grey.shape
+    if height == width:
+        if height == resolution:
+            return grey, "none"
+        return np.asarray(Image.fromarray(grey).resize((resolution, resolution), resample)), "none"
+    short, long = sorted((height, width))
+    if long <= MAX_PAD_FREE_ASPECT * short:
+        left, top = (width - short) // 2, (height - short) // 2
+        box = (left, top, left + short, top + short)
+        cropped = Image.fromarray(grey).resize((resolution, resolution), resample, box=box)
+        return np.asarray(cropped), "crop"
+    inner_width = max(1, round(width * resolution / long))
+    inner_height = max(1, round(height * resolution / long))
+    inner = Image.fromarray(grey).resize((inner_width, inner_height), resample)
+    square = np.zeros((resolution, resolution), dtype=np.uint8)
+    top, left = (resolution - inner_height) // 2, (resolution - inner_width) // 2
+    square[top : top + inner_height, left : left + inner_width] = np.asarray(inner)
+    return square, "pad"
+
+
+def is_upsampled(width: int, height: int, geometry: str, resolution: int) -> bool:
+    """Return whether a film had fewer pixels than its square: what was added is no detail."""
+    return (max(width, height) if geometry == "pad" else min(width, height)) < resolution
+
+
+def encode_png(grey: np.ndarray) -> bytes:
+    """Return an 8-bit grey PNG of uint8 [H, W]; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    # Level 4 is as small as the default 6 on films, in less than half the time
+    Image.fromarray(grey).save(buffer, format="PNG", optimize=False, compress_level=4)
+    return buffer.getvalue()
+
+
+def difference_hash(grey: np.ndarray) -> int:
+    """Return 64 bits, one for each step to the right in a 9 x 8 thumbnail: set where it gets brighter.
+
+    Proposes near-duplicates only; frontal films resemble one another too much for it to decide.
+    """
+    small = np.asarray(Image.fromarray(grey).resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
+
+
+def thumbnail(grey: np.ndarray) -> np.ndarray:
+    """Return a film at 128 px, uint8 [128, 128], on which near-duplicates are decided."""
+    return np.asarray(Image.fromarray(grey).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX))

@@ -1,0 +1,217 @@
+"""Folds of whole patients: nobody, and no copy of a film, is on both sides of a split."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
+
+from utils.refusal import Refused
+from utils.seeding import derive_seed
+
+MAX_HASH_DISTANCE = 4  # bits of 64; films saved again differ in 3 at most, of unrelated pairs one in a thousand in 4
+MIN_CORRELATION = 0.99
+MAX_MERGED_SHARE = 0.05  # of the set, in one group of several patients
+SMALL_SET = 100  # films below which a single pair is already a large share
+HASHES_PER_BLOCK = 512
+
+
+def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_folds: int, seed: int) -> list[int]:
+    """Return a fold for each film, so that no group is in two folds and strata are spread evenly.
+
+    Strata with fewer films than folds cannot be spread; they count as the commonest stratum.
+
+    Args:
+        groups: who the film is of, [N].
+        strata: what should be equally frequent in all folds, [N].
+
+    Raises:
+        Refused: with fewer groups than folds.
+    """
+    num_groups = len(set(groups))
+    if num_groups < num_folds:
+        raise Refused(f"{num_groups} patients cannot fill {num_folds} folds; use more films or a smaller --num_folds")
+    counts = Counter(strata)
+    commonest = min(counts, key=lambda stratum: (-counts[stratum], str(stratum)))
+    labels = [str(stratum if counts[stratum] >= num_folds else commonest) for stratum in strata]
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    order = {group: number for number, group in enumerate(sorted(set(groups), key=str))}
+    folds = np.full(len(groups), -1)
+    for fold, (_, held_out) in enumerate(splitter.split(labels, labels, [order[group] for group in groups])):
+        folds[held_out] = fold
+    if len(set(folds.tolist())) < num_folds:
+        raise Refused(f"the films of {num_groups} patients do not fill {num_folds} folds; use a smaller --num_folds")
+    return folds.tolist()
+
+
+def find_duplicates(
+    hashes: Sequence[int], load_thumbnail: Callable[[int], np.ndarray], patients: Sequence[Hashable]
+) -> list[tuple[int, int]]:
+    """Return the pairs of films of different patients that are one film.
+
+    Difference hashes propose pairs; the normalised cross-correlation of the thumbnails decides. Frontal films
+    resemble one another so much that hashes alone would chain most of a set into one group.
+
+    Args:
+        hashes: 64 bits each, [N].
+        load_thumbnail: gives film i as uint8 [128, 128]; called for proposed films only.
+        patients: whose film it is, [N]; copies within one patient do no harm and are not looked for.
+    """
+    thumbnails = {}  # kept as bytes: a hundred thousand films are 1.8 GB
+    duplicates = []
+    for first, second in propose_pairs(np.array(hashes, dtype=np.uint64), patients):
+        for film in (first, second):
+            if film not in thumbnails:
+                thumbnails[film] = load_thumbnail(film)
+        if correlation(thumbnails[first], thumbnails[second]) > MIN_CORRELATION:
+            duplicates.append((first, second))
+    return duplicates
+
+
+def propose_pairs(hashes: np.ndarray, patients: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
+    """Yield pairs i < j of different patients whose hashes differ in few bits.
+
+    Args:
+        hashes: uint64, [N].
+        patients: [N].
+    """
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    owners = np.array([numbers[patient] for patient in patients])
+    for start in range(0, len(hashes), HASHES_PER_BLOCK):
+        block = slice(start, start + HASHES_PER_BLOCK)
+        distances = np.bitwise_count(hashes[block, None] ^ hashes[None, start:])  # [block, N - start]
+        first, second = np.nonzero(distances <= MAX_HASH_DISTANCE)
+        new = (first < second) & (owners[block][first] != owners[start:][second])
+        yield from zip((first[new] + start).tolist(), (second[new] + start).tolist(), strict=True)
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the normalised cross-correlation of two thumbnails, in [-1, 1]; that of a uniform one is 0."""
+    one = first.astype(np.float32).ravel() - first.mean(dtype=np.float32)
+    other = second.astype(np.float32).ravel() - second.mean(dtype=np.float32)
+    return float(one @ other) / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-6)
+
+
+def merge_groups(patients: Sequence[str], duplicates: Iterable[tuple[int, int]]) -> list[str]:
+    """Return for each film the first, by name, of all patients that copies of films tie together.
+
+    Args:
+        patients: whose film it is, [N].
+        duplicates: pairs of films that are one.
+
+    Raises:
+        Refused: where one group of several patients holds so much of the set that the copies cannot be believed.
+    """
+    names = sorted(set(patients))
+    number = {name: index for index, name in enumerate(names)}
+    edges = np.array([(number[patients[i]], number[patients[j]]) for i, j in duplicates], dtype=int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(names), len(names)))
+    component = connected_components(graph, directed=False)[1]
+    members = defaultdict(list)
+    for name, group in zip(names, component.tolist(), strict=True):
+        members[group].append(name)
+    merged = [members[component[number[patient]]][0] for patient in patients]
+    for group, size in Counter(merged).most_common():
+        tied = members[component[number[group]]]
+        if len(tied) > 1 and size > MAX_MERGED_SHARE * len(patients) and len(patients) >= SMALL_SET:
+            raise Refused(
+                f"{size} of {len(patients)} films, of {len(tied)} patients such as {tied[0]} and {tied[1]}, are tied "
+                f"together by near-identical films; expected {MAX_MERGED_SHARE:.0%} at most in one group: look at "
+                "these films, and leave out copies or mend the patient_id column"
+            )
+    return merged
+
+
+def group_of(row: dict, group_by: str) -> str:
+    """Return what must not be split: the patient (with everyone tied to them by copies) or the single image.
+
+    Args:
+        row: of `metadata.jsonl`.
+        group_by: "patient_id", or "image" where every image counts as a patient of its own.
+
+    Raises:
+        Refused: for a row without a patient under "patient_id", or another `group_by`.
+    """
+    if group_by not in ("patient_id", "image"):
+        raise Refused(f"--group_by {group_by} is not known; expected patient_id or image")
+    group, patient = row.get("group"), row.get("patient_id")
+    if group_by == "image":
+        return row["file_name"] if patient is not None or group is None else group
+    if patient is None:
+        raise Refused(
+            f"{row['file_name']} has no patient_id, so its patient could be on both sides of the split; add the "
+            "column, or say --group_by image if every image is its own patient"
+        )
+    return patient if group is None else group
+
+
+def stratum_of(row: dict) -> str:
+    """Return what is spread evenly over folds: whether any finding is known of the film."""
+    findings = row.get("findings")
+    return "unknown" if findings is None else "any finding" if findings else "no finding"
+
+
+def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by: str = "patient_id") -> list[dict]:
+    """Return the rows sorted by file name, each with a `fold`; the order they came in makes no difference.
+
+    Rows that have folds keep them. Others, of a folder that download.py has not written, are dealt out here.
+
+    Raises:
+        Refused: where some rows have folds and others none, with fewer groups than folds, or for rows without a
+            patient, see `group_of`.
+    """
+    rows = sorted(rows, key=lambda row: row["file_name"])
+    without = [row["file_name"] for row in rows if row.get("fold") is None]
+    if not without:
+        return rows
+    if len(without) < len(rows):
+        raise Refused(f"{without[0]} has no fold but other rows have; give one to every row or to none")
+    groups = [group_of(row, group_by) for row in rows]
+    folds = assign_folds(groups, [stratum_of(row) for row in rows], num_folds, seed)
+    return [{**row, "fold": fold} for row, fold in zip(rows, folds, strict=True)]
+
+
+def split_fold(
+    rows: Iterable[dict], fold: int, seed: int, validation_fraction: float = 0.1, group_by: str = "patient_id"
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Return the training, validation and held-out rows of a fold, each sorted by file name.
+
+    The held-out rows are those of the fold. Of the patients in the others a share, at least one, is set aside for
+    validation, with as many findings among them as among the rest; the choice depends on seed and fold only.
+
+    Args:
+        rows: with a `fold` each.
+        validation_fraction: share of the patients outside the fold.
+        group_by: "patient_id" or "image", see `group_of`.
+
+    Raises:
+        Refused: for rows without folds, a fold that does not exist, or too few patients outside it.
+    """
+    rows = sorted(rows, key=lambda row: row["file_name"])
+    if any(row.get("fold") is None for row in rows):
+        raise Refused("the table has no column fold; make folds first (download.py writes them)")
+    folds = sorted({row["fold"] for row in rows})
+    if fold not in folds:
+        raise Refused(f"--fold {fold} does not exist; the set has folds {', '.join(map(str, folds))}")
+    held_out = [row for row in rows if row["fold"] == fold]
+    films = defaultdict(list)
+    for row in rows:
+        if row["fold"] != fold:
+            films[group_of(row, group_by)].append(row)
+    if len(films) < 2:
+        raise Refused(f"{len(films)} patients outside fold {fold}; expected two at least, to train on and to validate")
+
+    # A systematic sample of the patients, sick before healthy and shuffled within, has the share of both
+    draws = np.random.default_rng(derive_seed("validation", seed, fold)).random(len(films))
+    ranked = sorted(
+        zip(sorted(films), draws, strict=True), key=lambda pair: (min(map(stratum_of, films[pair[0]])), pair[1])
+    )
+    num_validation = min(max(1, round(validation_fraction * len(films))), len(films) - 1)
+    picks = ((np.arange(num_validation) + 0.5) * len(films) / num_validation).astype(int)
+    chosen = {ranked[pick][0] for pick in picks}
+    outside = [row for row in rows if row["fold"] != fold]
+    training = [row for row in outside if group_of(row, group_by) not in chosen]
+    validation = [row for row in outside if group_of(row, group_by) in chosen]
+    return training, validation, held_out

@@ -1,0 +1,110 @@
+"""Films of your own: a folder, or an address, with one table that names them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.fetch import is_address
+from utils.films import Film
+from utils.metadata import MAX_AGE, parse_table, path_fault
+from utils.refusal import Refused
+
+NAME = "folder"
+LICENSE = "as granted by whoever provided the films"
+RESTRICTED = False
+TERMS = """\
+Your own films, your own responsibility: see that you may use them in this way, and that neither the films nor the
+table tell who the patients are."""
+EXAMPLE = "python download.py --source folder --mirror FOLDER_OR_ADDRESS"
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+COLUMNS = ("file_name", "text")
+
+
+def list_films(mirror: str | None, read_file: Callable[[str], bytes | None]) -> list[Film]:
+    """Return all films of the table, in its order.
+
+    Args:
+        mirror: holds the table (`metadata.jsonl` or `metadata.csv`; in a folder any single *.csv or *.jsonl) and,
+            below it, the films.
+        read_file: gives a file below the mirror as bytes, or None where there is none.
+
+    Raises:
+        Refused: without a mirror, without exactly one table, or for a table that cannot be used.
+    """
+    if mirror is None:
+        raise Refused("--source folder needs --mirror: a folder or an address that holds your films and their table")
+    table = find_table(mirror, read_file)
+    return [film_of(row, table) for row in parse_table(table, read_file(table), COLUMNS)]
+
+
+def find_table(mirror: str, read_file: Callable[[str], bytes | None]) -> str:
+    """Return the name of the one table below the mirror."""
+    if is_address(mirror):
+        tables = [name for name in TABLES if read_file(name) is not None][:1]
+        looked_for = " or ".join(TABLES)
+    else:
+        tables = sorted(path.name for path in Path(mirror).iterdir() if path.suffix in (".csv", ".jsonl"))
+        tables = [name for name in tables if name in TABLES] or tables
+        looked_for = "*.csv or *.jsonl"
+    if len(tables) != 1:
+        found = ", ".join(tables) or "none"
+        raise Refused(
+            f"--mirror {mirror}: expected one table ({looked_for}) with {' and '.join(COLUMNS)}, found {found}"
+        )
+    return tables[0]
+
+
+def film_of(row: dict, table: str) -> Film:
+    """Return what one line of the table says; what is written in an unknown way counts as not known."""
+    name = row["file_name"]
+    fault = path_fault(name)
+    if fault:
+        raise Refused(f"{table}: file_name {name!r} {fault}; expected a path below the mirror, written with /")
+    text = " ".join(str(row["text"] or "").split())
+    if not text:
+        raise Refused(f"{table}: {name} has no text; every film needs a caption")
+    patient_id = row.get("patient_id")
+    if "patient_id" in row and patient_id in (None, ""):
+        raise Refused(f"{table}: {name} has no patient_id; give one to every film or leave the column out")
+    return Film(
+        source_id=name,
+        path=name,
+        file_name=data_name(name),
+        text=text,
+        patient_id=None if patient_id is None else str(patient_id),
+        findings=finding_names(row.get("findings")),
+        view=str(row.get("view") or "").strip().upper() or None,
+        age=age_in_years(row.get("age")),
+        sex={"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}.get(str(row.get("sex") or "").strip().upper()),
+    )
+
+
+def data_name(name: str) -> str:
+    """Return the name in the data folder: "images/a/b.jpg" and "a/b.jpg" become "images/a_b.png"."""
+    flat = name.removeprefix("images/").replace("/", "_")
+    return f"images/{flat.rpartition('.')[0] or flat}.png"
+
+
+def finding_names(value: object) -> list[str] | None:
+    """Return findings given as a list, as a JSON list or as "Edema|Effusion"; None where the cell is empty."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if isinstance(value, str) and value.strip():
+        value = value.split("|")
+    if not isinstance(value, list):
+        return None
+    names = {str(name).strip() for name in value}
+    return sorted(name for name in names if name and name.casefold() not in ("no finding", "normal"))
+
+
+def age_in_years(value: object) -> int | None:
+    """Return the age as a whole number of years, None where it is missing or cannot be true."""
+    try:
+        age = int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return age if 0 <= age <= MAX_AGE else None
