@@ -32,8 +32,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -46,6 +44,7 @@ from utils.early_stopping import EarlyStopping
 from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
 from utils.folds import split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
+from utils.hub import push
 from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
 from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
 from utils.metadata import dataset_hash, read_metadata
@@ -217,7 +216,12 @@ def check_args(args: argparse.Namespace) -> None:
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
         )
     if not Path(args.train_data_dir).is_dir():
-        raise Refused(f"no data at {args.train_data_dir}; fetch some first, see python download.py --list_sources")
+        raise Refused(
+            f"no folder {args.train_data_dir}; fetch films first (python download.py --list_sources), or save a data set "
+            "of the hub as an imagefolder"
+        )
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise Refused(f"--output_dir {args.output_dir} is a file; expected a folder")
 
 
 def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
@@ -294,19 +298,6 @@ def track_samples(accelerator: Accelerator, sheet: Image.Image, step: int) -> No
             tracker.log_images({"samples": [sheet]}, step=step)
 
 
-def push(run_dir: Path, repository: str | None, token: str | None) -> None:
-    """Upload the adapter, its card and its records to the Hugging Face hub; no film of a patient is among them."""
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
-        files = [WEIGHTS_NAME, "README.md", "config.json", "*.jsonl", "curves.png", "samples/*.png"]
-        api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=files)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Refused(f"trained, but not uploaded ({reason}); type the command again to upload only") from error
-    print(f"uploaded to {repo_id}")
-
-
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     run_dir, data_dir, cache_dir = Path(args.output_dir), Path(args.train_data_dir), Path(args.cache_dir or "cache")
@@ -356,9 +347,6 @@ def main(args: argparse.Namespace) -> None:
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite
     )
     say(remark)
-    if accelerator.is_main_process and state is None:
-        clear_run(run_dir)
-    accelerator.wait_for_everyone()
 
     # The frozen base
     base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
@@ -468,10 +456,12 @@ def main(args: argparse.Namespace) -> None:
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
     }  # fmt: skip
     if accelerator.is_main_process:
-        write_json(run_dir / "config.json", config)
+        if state is None:
+            clear_run(run_dir)
         for path in (log, validation_log):
-            cut_back(path, first_step if state is not None else -1)
-        prune_checkpoints(run_dir, 0)
+            cut_back(path, first_step)
+        prune_checkpoints(run_dir, keep=0)  # only what a kill left unfinished
+        write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir)
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
@@ -610,13 +600,12 @@ def main(args: argparse.Namespace) -> None:
         draw_curves(run_dir / "curves.png", read_jsonl(log), validations)
         card = model_card(config, data_dir, validations, early_stopping.best_step)
         write_bytes(run_dir / "README.md", card.encode())
-        done = early_stopping.waited and early_stopping.should_stop
         seconds = time.monotonic() - started
-        say(f"{'stopped early' if done else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
+        say(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
             f"{early_stopping.best:.4f}; {len(read_jsonl(log)) - first_step} steps in {seconds:.0f} s")  # fmt: skip
         say(f"adapter: {run_dir / WEIGHTS_NAME}")
         if args.push_to_hub:
-            push(run_dir, args.hub_model_id, args.hub_token)
+            say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
     accelerator.end_training()
 
 

@@ -291,7 +291,7 @@ def test_v_prediction_trains_and_keeps_its_target(tmp_path: Path, tiny_data: Pat
         (["--learning_rate", "nan"], "--learning_rate"),
         (["--resolution", "100"], "multiple of 16"),
         (["--mixed_precision", "fp16"], "CUDA"),
-        (["--train_data_dir", "/nowhere"], "no data at"),
+        (["--train_data_dir", "/nowhere"], "no folder"),
         (["--pretrained_model_name_or_path", "/nowhere"], "assets/cxr-tiny"),
         (["--resume_from_checkpoint", "/nowhere"], "no checkpoint at"),
     ],

@@ -34,7 +34,8 @@ def use_all_cores(num_local_processes: int) -> None:
     `accelerate launch` sets OMP_NUM_THREADS=1 where it finds no GPU, which would leave all cores but one idle.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // num_local_processes))
 
 
 def xformers_problem() -> str | None:

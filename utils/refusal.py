@@ -10,7 +10,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-UNUSABLE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# A full or read-only disk, a folder of somebody else's, a file where a folder should be
+UNUSABLE_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
 
 
 class Refused(ValueError):

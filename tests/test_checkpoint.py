@@ -1,0 +1,121 @@
+"""Checkpoints: whole or absent, newest kept, and refused where they do not fit. Hermetic."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.checkpoint import (
+    checkpoint_steps,
+    clear_run,
+    find_start,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from utils.lora import WEIGHTS_NAME
+from utils.refusal import Refused
+
+SETTINGS = {"rank": 4, "films_a_step": 8}
+
+
+def save(run: Path, step: int, finished: bool = False, settings: dict | None = None) -> None:
+    state = {"step": step, "finished": finished, "num_processes": 1, "settings": settings or SETTINGS}
+    save_checkpoint(run, step, state, {"adapters": {"a": torch.full((2,), float(step))}})
+
+
+def start(run: Path, wanted: str = "latest", processes: int = 1, overwrite: bool = False, **settings):
+    return find_start(run, wanted, SETTINGS | settings, processes, overwrite)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    state, tensors = load_checkpoint(tmp_path / "checkpoint-7")
+    assert state["step"] == 7
+    assert torch.equal(tensors["adapters"]["a"], torch.tensor([7.0, 7.0]))
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-100").rename(tmp_path / "checkpoint-100.tmp")  # killed before it was renamed
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoint_steps(tmp_path) == [9, 10]  # 10 after 9: by number, not by name
+    assert start(tmp_path)[0]["step"] == 10
+    assert start(tmp_path, wanted=str(tmp_path / "checkpoint-9"))[0]["step"] == 9
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-4.tmp").mkdir()
+    prune_checkpoints(tmp_path, keep=2)
+    assert checkpoint_steps(tmp_path) == [2, 3]
+    assert not (tmp_path / "checkpoint-4.tmp").exists()
+    prune_checkpoints(tmp_path, keep=0)  # keeps all
+    assert checkpoint_steps(tmp_path) == [2, 3]
+
+
+def test_a_fresh_folder_starts_afresh(tmp_path: Path) -> None:
+    assert start(tmp_path / "none")[:2] == (None, {})
+
+
+def test_changed_settings_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(Refused, match="rank: 4 -> 8"):
+        start(tmp_path, rank=8)
+    with pytest.raises(Refused, match="films_a_step: 8 -> 16"):
+        start(tmp_path, films_a_step=16)
+
+
+def test_another_number_of_processes_is_allowed_and_said(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    state, _, remark = start(tmp_path, processes=2, films_a_step=16)
+    assert state["step"] == 1
+    assert "on 2 processes instead of 1" in remark
+
+
+def test_a_finished_run_is_not_lost_by_accident(tmp_path: Path) -> None:
+    save(tmp_path, 1, finished=True)
+    with pytest.raises(Refused, match="--overwrite"):
+        start(tmp_path, wanted="none")
+    assert start(tmp_path, wanted="none", overwrite=True)[0] is None
+    clear_run(tmp_path / "other")
+    (tmp_path / "other" / WEIGHTS_NAME).touch()  # its checkpoints were deleted to save space
+    with pytest.raises(Refused, match="finished run"):
+        start(tmp_path / "other")
+
+
+def test_an_unfinished_run_may_be_started_afresh(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert start(tmp_path, wanted="none")[0] is None
+
+
+def test_broken_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no checkpoint at"):
+        start(tmp_path, wanted=str(tmp_path / "checkpoint-3"))
+    save(tmp_path, 3)
+    file = tmp_path / "checkpoint-3" / "training_state.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(Refused, match="no whole checkpoint"):
+        start(tmp_path)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    save(tmp_path, 3)
+    torch.save({"adapters": Trap()}, tmp_path / "checkpoint-3" / "training_state.pt")
+    with pytest.raises(Refused, match="no whole checkpoint"):
+        start(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_clearing_a_run_takes_only_what_a_run_writes(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "log.jsonl").touch()
+    clear_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,66 @@
+"""Precision and kernels: the flag wins, accelerate is heard, fallbacks are named."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from utils import hardware
+
+
+@pytest.mark.parametrize(
+    ("flag", "told", "native", "expected"),
+    [
+        ("no", "bf16", True, "no"),
+        ("bf16", None, False, "bf16"),
+        (None, "fp16", True, "fp16"),
+        (None, "bf16", False, "bf16"),
+        (None, "no", True, "bf16"),  # accelerate launch says "no" unasked
+        (None, None, True, "bf16"),
+        (None, None, False, "no"),
+    ],
+)
+def test_precision_is_the_flag_then_accelerates_then_the_hardwares(
+    flag, told, native, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda: native)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if told:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    assert hardware.choose_mixed_precision(flag) == expected
+
+
+def test_threads_are_shared_unless_the_user_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    hardware.use_all_cores(num_local_processes=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    hardware.use_all_cores(num_local_processes=2)
+    assert asked == [4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may run here")
+def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
+    problem = hardware.xformers_problem()
+    assert "xformers" in problem
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hardware.warn_once_about_xformers(problem)
+    assert "scaled_dot_product_attention" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("package", ["xformers", "bitsandbytes"])
+def test_optional_accelerators_are_not_needed_to_start(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import train_lora, generate, evaluate"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_from_ampere_on_has_native_bf16() -> None:
+    assert hardware.has_native_bf16() == (torch.cuda.get_device_capability()[0] >= 8)

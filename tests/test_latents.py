@@ -1,0 +1,154 @@
+"""The latent cache and the stream over it: right films, right captions, right order, whatever the processes."""
+
+import copy
+import json
+from pathlib import Path
+from threading import Barrier, Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.latents import (
+    Posteriors,
+    TrainingStream,
+    cache_posteriors,
+    deal_positions,
+    encode,
+    epoch_order,
+    mean_film,
+    posterior_key,
+)
+from utils.metadata import read_metadata
+from utils.pipeline import load_base
+from utils.refusal import Refused
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_base: Path):
+    return load_base(str(tiny_base)).vae.eval()
+
+
+def test_a_cached_posterior_is_that_of_its_film(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64, batch_size=7)
+    for index in (0, 13, 39):
+        film = torch.from_numpy(np.array(Image.open(tiny_data / rows[index]["file_name"])))
+        mean, std = encode(vae, film[None])
+        torch.testing.assert_close(torch.from_numpy(cached.mean[index]), mean[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(cached.std[index]), std[0], rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_several_processes_are_the_whole(vae, tiny_data: Path, tmp_path: Path) -> None:
+    """Two processes, here two threads with a barrier, fill one cache."""
+    rows, barrier = read_metadata(tiny_data), Barrier(2)
+    alone = cache_posteriors(tiny_data, rows, vae, tmp_path / "alone", 64, batch_size=1)
+
+    def build(process_index: int) -> None:
+        cache_posteriors(tiny_data, rows, vae, tmp_path / "both", 64, batch_size=1, process_index=process_index,
+                         num_processes=2, wait_for_everyone=barrier.wait)  # fmt: skip
+
+    threads = [Thread(target=build, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    both = cache_posteriors(tiny_data, rows, vae, tmp_path / "both", 64)
+    assert np.array_equal(both.mean, alone.mean)
+    assert np.array_equal(both.std, alone.std)
+
+
+def test_a_cache_is_found_again_and_never_a_stale_one(vae, own_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(own_data)
+    cache_posteriors(own_data, rows, vae, tmp_path, 64)
+    folder = next((tmp_path / "latents").iterdir())
+    when = (folder / "mean.npy").stat().st_mtime_ns
+    cache_posteriors(own_data, rows, vae, tmp_path, 64)
+    assert (folder / "mean.npy").stat().st_mtime_ns == when
+    key = posterior_key(own_data, rows, vae, 64, "lanczos", False)
+    assert key == folder.name
+    assert posterior_key(own_data, rows, vae, 32, "lanczos", False) != key
+    assert posterior_key(own_data, rows, vae, 64, "bicubic", False) != key
+    assert posterior_key(own_data, rows, vae, 64, "lanczos", True) != key
+    assert posterior_key(own_data, rows[::-1], vae, 64, "lanczos", False) != key
+    Image.fromarray(255 - np.array(Image.open(own_data / rows[0]["file_name"]))).save(own_data / rows[0]["file_name"])
+    assert posterior_key(own_data, read_metadata(own_data), vae, 64, "lanczos", False) != key
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        other.encoder.conv_in.bias[0] += 1e-3
+    assert posterior_key(own_data, rows, other, 64, "lanczos", False) != key
+
+
+def test_a_cache_of_another_size_and_an_unreadable_film_are_refused(vae, own_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(own_data)
+    cached = cache_posteriors(own_data, rows[:4], vae, tmp_path, 64)
+    with pytest.raises(Refused, match="expected 5 films"):
+        Posteriors(next((tmp_path / "latents").iterdir()), 5)
+    assert len(cached.mean) == 4
+    (own_data / rows[7]["file_name"]).write_bytes(b"no image")
+    with pytest.raises(Refused, match=rows[7]["file_name"]):
+        cache_posteriors(own_data, rows, vae, tmp_path, 64)
+    assert len([path for path in (tmp_path / "latents").iterdir() if path.suffix != ".tmp"]) == 1
+
+
+def test_latents_stay_with_their_captions(vae, tiny_data: Path, tmp_path: Path) -> None:
+    """A cache addressed by step under a shuffling loader gives every film another film's caption."""
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    chosen = [3, 11, 12, 30]
+    stream = TrainingStream(cached, chosen, torch.arange(4)[:, None], seed=0)
+    for position in range(12):
+        item = stream[position]
+        row = chosen[int(item["input_ids"])]
+        assert np.array_equal(item["mean"], cached.mean[row])
+        assert np.array_equal(item["std"], cached.std[row])
+
+
+def test_every_epoch_visits_every_film_once_in_an_order_of_its_own(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    stream = TrainingStream(cached, range(40), torch.zeros(40, 1, dtype=torch.long), seed=0)
+    epochs = [[stream.film_at(epoch * 40 + i) for i in range(40)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epoch_order(40, seed=0, epoch=0).tolist() == epochs[0]
+    assert epoch_order(40, seed=1, epoch=0).tolist() != epochs[0]
+
+
+def test_mirroring_takes_half_of_the_films_and_only_where_asked(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    mirrored = cache_posteriors(tiny_data, rows, vae, tmp_path, 64, mirrored=True)
+    film = torch.from_numpy(np.array(Image.open(tiny_data / rows[0]["file_name"])))
+    torch.testing.assert_close(torch.from_numpy(mirrored.mean[0]), encode(vae, film.flip(-1)[None])[0][0],
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    stream = TrainingStream(cached, range(40), torch.zeros(40, 1, dtype=torch.long), 0, mirrored)
+    flips = [np.array_equal(stream[p]["mean"], mirrored.mean[stream.film_at(p)]) for p in range(200)]
+    assert 70 < sum(flips) < 130
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "batch_size"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (2, 2, 2)])
+def test_a_step_has_the_same_films_however_they_are_dealt(processes: int, accumulation: int, batch_size: int) -> None:
+    steps = [set() for _ in range(3)]
+    for process in range(processes):
+        dealt = list(deal_positions(16, 3, accumulation, batch_size, process, processes))
+        assert len(dealt) == 3 * accumulation
+        for number, positions in enumerate(dealt):
+            steps[number // accumulation] |= set(positions)
+    assert steps == [set(range(16 + 8 * step, 24 + 8 * step)) for step in range(3)]
+
+
+def test_the_mean_film_is_the_mean(own_data: Path) -> None:
+    rows = read_metadata(own_data)[:5]
+    films = np.stack([np.array(Image.open(own_data / row["file_name"])) for row in rows])
+    assert np.array_equal(mean_film(own_data, rows, 64, seed=0).numpy(), np.round(films.mean(axis=0)))
+
+
+def test_films_that_are_no_squares_are_squared_as_download_would(tmp_path: Path, vae) -> None:
+    (tmp_path / "data").mkdir()
+    wide = np.tile(np.arange(80, 200, dtype=np.uint8), (64, 1))
+    Image.fromarray(wide).save(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}) + "\n")
+    rows = read_metadata(tmp_path / "data")
+    assert cache_posteriors(tmp_path / "data", rows, vae, tmp_path, 64).mean.shape == (1, 4, 8, 8)

@@ -1,0 +1,85 @@
+"""Pictures, pages and cards: what is in them, and that equal runs make equal files. Hermetic."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import hub
+from utils.card import model_card
+from utils.refusal import Refused
+from utils.report import contact_sheet, draw_curves, html_page, html_table, save_png
+
+VALIDATION = {
+    "ssim": 0.7, "psnr": 22.0, "mse": 0.1, "mse_by_timestep": {"50": 0.2, "550": 0.1},
+    "bounds": {name: {"ceiling": 0.9, "mean_film": 0.6, "noisy": {}} for name in ("ssim", "psnr")},
+}  # fmt: skip
+VALIDATIONS = [VALIDATION | {"step": 0}, VALIDATION | {"step": 10, "ssim": 0.8}, VALIDATION | {"step": 20}]
+STEPS = [
+    {"step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": None if step == 3 else 0.1} for step in range(1, 41)
+]
+CONFIG = {
+    "base": "assets/cxr-tiny", "fold": 2, "resolution": 128, "settings": {"rank": 16, "text_encoder_rank": 8},
+    "films": {"training": 400, "validation": 40, "held_out": 120},
+}  # fmt: skip
+
+
+def test_every_film_of_a_contact_sheet_is_there_as_it_is() -> None:
+    films = [[np.full((40, 40), 10 * row + column + 1, np.uint8) for column in range(4)] for row in range(3)]
+    long = "PA chest radiograph of a 60-year-old man. " * 8
+    sheet = np.asarray(contact_sheet(films, ["one", long, "three"], list("abcd"), "not for diagnosis"))
+    for row in range(3):
+        for column in range(4):
+            assert (sheet == 10 * row + column + 1).sum() >= 40 * 40 * 0.99
+
+
+def test_equal_curves_are_equal_files(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        draw_curves(tmp_path / name, STEPS, VALIDATIONS)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    draw_curves(tmp_path / "first.png", [], VALIDATIONS[:1])  # before the first step
+    assert Image.open(tmp_path / "first.png").size[0] > 500
+
+
+def test_a_picture_is_written_whole(tmp_path: Path) -> None:
+    save_png(tmp_path / "new" / "a.png", Image.new("L", (8, 8), 7))
+    assert np.asarray(Image.open(tmp_path / "new" / "a.png")).mean() == 7
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_text_in_a_page_is_no_markup() -> None:
+    page = html_page("<b>", [html_table(["<i>"], [["<script>"]])])
+    assert "<script>" not in page
+    assert "<i>" not in page
+    assert "Not for diagnosis" in page
+
+
+def test_the_card_tells_what_a_user_must_know(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"source": "nih", "license": "attribution", "terms": "cite Wang et al."}')
+    card = model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
+    for text in ("Not for diagnosis", "400 films", "0.8000", "nih", "cite Wang et al.", "Kermany", "memorisation"):
+        assert text in card
+    assert str(tmp_path) not in card
+    assert card.startswith("---\nlicense: cc-by-4.0\nbase_model: assets/cxr-tiny\n")
+
+
+def test_the_card_of_stable_diffusion_hands_its_licence_on(tmp_path: Path) -> None:
+    config = CONFIG | {"base": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    assert "no medical advice" in model_card(config, tmp_path, VALIDATIONS, best_step=10)
+
+
+def test_the_hub_never_gets_a_picture_of_a_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["pytorch_lora_weights.safetensors", "README.md", "evaluation/films.png", "evaluation/films.jsonl",
+             "samples/step-000100.png", "checkpoint-100/training_state.pt", "logs/events"]  # fmt: skip
+    sent = list(filter_repo_objects(there, allow_patterns=hub.UPLOADED))
+    assert sent == ["pytorch_lora_weights.safetensors", "README.md", "samples/step-000100.png"]
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", unreachable)
+    with pytest.raises(Refused, match="trained, but not uploaded"):
+        hub.push(tmp_path, "name", None)

@@ -1,0 +1,40 @@
+"""Sending an adapter to the Hugging Face hub. No torch."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from utils.refusal import Refused
+
+# Named one by one, so that nothing else in the folder, such as a picture with patients' films, ever goes along
+UPLOADED = [
+    "pytorch_lora_weights.safetensors",
+    "README.md",
+    "config.json",
+    "log.jsonl",
+    "validation.jsonl",
+    "curves.png",
+    "samples/step-*.png",
+]
+
+
+def push(run_dir: Path, repository: str | None, token: str | None) -> str:
+    """Upload a run's adapter, card, records and generated samples, and return the repository's full name.
+
+    Args:
+        run_dir: the run's folder; its name is that of the repository where none is given.
+        repository: "name" or "owner/name".
+        token: of the hub; None is the one that `hf auth login` saved.
+
+    Raises:
+        Refused: where the hub cannot be reached or does not let us in; the run itself is complete.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=UPLOADED)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"trained, but not uploaded ({reason}); type the command again to upload only") from error
+    return repo_id
