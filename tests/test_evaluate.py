@@ -10,7 +10,11 @@ from accelerate.state import AcceleratorState
 
 import evaluate
 from tests.test_train_lora import train
+from utils.latents import cache_posteriors
+from utils.metadata import read_metadata
+from utils.pipeline import load_base
 from utils.refusal import Refused
+from utils.validation import eval_mode, film_bank, score_model
 
 
 def measure(*args) -> None:
@@ -53,10 +57,19 @@ def test_figures_stand_beside_their_bounds(runs: Path) -> None:
     assert metrics["adapter"]["step"] is not None
 
 
-def test_the_base_is_scored_without_the_adapter(runs: Path, tiny_base: Path) -> None:
-    """Step 0 of training measures the base too, by the same code on other films; here it must differ from the adapter."""
+def test_the_base_is_scored_without_the_adapter(runs: Path, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Against a base that never had one."""
     films = [json.loads(line) for line in (runs / "fold0" / "evaluation" / "films.jsonl").open()]
-    assert any(row["adapter/mse/50"] != row["base/mse/50"] for row in films)
+    rows = [row for row in read_metadata(tiny_data) if row["fold"] == 0]
+    base = load_base(str(tiny_base))
+    cached = cache_posteriors(tiny_data, rows, base.vae, tmp_path, 64)
+    ids = base.tokenizer([row["text"] for row in rows], padding="max_length", return_tensors="pt").input_ids
+    bank = film_bank(tiny_data, rows, cached, range(len(rows)), ids, base.vae.config.scaling_factor, 64)
+    with eval_mode(base.unet, base.text_encoder):
+        scores = score_model(bank, base.unet, base.text_encoder, base.vae, base.noise_scheduler, 16)
+    for name in ("mse/50", "mse/950", "ssim/0.5", "psnr/0.7"):
+        assert [row[f"base/{name}"] for row in films] == pytest.approx(scores[name].tolist(), rel=1e-4)
+    assert any(abs(row["adapter/mse/50"] - row["base/mse/50"]) > 1e-3 for row in films)
 
 
 def test_pictures_and_report_are_there(runs: Path) -> None:

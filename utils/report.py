@@ -64,7 +64,7 @@ def save_png(path: Path, image: Image.Image) -> None:
 
 
 def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) -> None:
-    """Draw a run as four curves: loss, SSIM between its bounds, error by noise level, gradient norm and rate.
+    """Draw a run as four curves: loss, SSIM between its bounds, change of the error by noise level, gradient and rate.
 
     Args:
         path: of the PNG.
@@ -99,26 +99,21 @@ def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) 
     ssim.set(title="SSIM of validation films", xlabel="step")
     ssim.legend(fontsize=8)
 
-    for level in validations[0]["mse_by_timestep"]:
-        error.plot(at, [row["mse_by_timestep"][level] for row in validations], label=f"t = {level}")
-    error.set(title="Error of the predicted noise by timestep", xlabel="step", yscale="log")
-    error.legend(fontsize=7, ncols=2)
+    for level, base in validations[0]["mse_by_timestep"].items():
+        change = [100 * (row["mse_by_timestep"][level] / base - 1) for row in validations]
+        error.plot(at, change, label=f"t = {level}")
+    error.set(title="Error of the predicted noise against the base, %", xlabel="step")
+    error.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
     norms = [np.nan if row["grad_norm"] is None else row["grad_norm"] for row in steps]
-    gradient.plot(numbers, norms, color="C1", linewidth=0.8, label="gradient norm before clipping")
-    rate = gradient.twinx()
-    rate.plot(numbers, [row["lr"] for row in steps], color="C2", label="learning rate")
+    lines = gradient.plot(numbers, norms, color="C1", linewidth=0.8, label="gradient norm before clipping")
+    lines += gradient.twinx().plot(numbers, [row["lr"] for row in steps], color="C2", label="learning rate")
     gradient.set(title="Gradient norm (left) and learning rate (right)", xlabel="step")
-    figure.legend(*_handles(gradient, rate), loc="lower right", fontsize=8)
+    gradient.legend(handles=lines, fontsize=8, loc="lower center")
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     write_bytes(path, buffer.getvalue())
-
-
-def _handles(*axes) -> tuple[list, list]:
-    pairs = [axis.get_legend_handles_labels() for axis in axes]
-    return [handle for handles, _ in pairs for handle in handles], [label for _, labels in pairs for label in labels]
 
 
 def draw_noise_levels(path: Path, metrics: dict) -> None:
