@@ -26,6 +26,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils.quiet  # noqa: F401
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -203,7 +205,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         for i in range(min(SHOWN, len(bank)))
     ]
     heads = ["real", *(f"rebuilt {strength}" for strength in STRENGTHS), "generated"]
-    note = "The first column shows real patients: not to be shared. The others are synthetic. Not for diagnosis."
+    note = "The first column shows real patients and the rebuilt films resemble them: not to be shared."
     save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
     table = headline_table(metrics)

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils.quiet  # noqa: F401
+
 import numpy as np
 import torch
 from accelerate import Accelerator

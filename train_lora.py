@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import utils.quiet  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -17,7 +17,7 @@ SCRIPTS = ("download", "train_lora", "generate", "evaluate")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "bitsandbytes", "xformers"}
 LAYERS = {
     0: {
-        "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata",
+        "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
         "refusal", "report", "runlog", "seeding", "sources", "sources.folder", "sources.nih",
     },
     1: {"diffusion", "hardware", "images", "metrics"},
