@@ -44,7 +44,7 @@ from utils.films import PREPROCESSING, Film, UnusableFilm, is_upsampled, prepare
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, remove_others
 from utils.metadata import dataset_hash
-from utils.refusal import Refused, run
+from utils.refusal import ArgumentParser, Refused, run
 from utils.sources import folder, nih
 
 SOURCES = {source.NAME: source for source in (nih, folder)}
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Says the defaults and keeps the lines of the description."""
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("what to fetch")
     group.add_argument("--source", help="name of the set, see --list_sources")
     group.add_argument("--mirror", help="http(s) address or local folder that holds the set")

@@ -21,6 +21,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -35,14 +36,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
-from utils.folds import split_fold, with_folds
+from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores
-from utils.latents import cache_posteriors, mean_film
+from utils.latents import cache_posteriors, is_cached, mean_film
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, mse, psnr, ssim
-from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
-from utils.refusal import Refused, run
+from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, tokenize
+from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_noise_levels, html_page, html_table, save_png
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
@@ -68,7 +69,7 @@ SHOWN = 6  # films in films.png
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("what").add_argument
     add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")
@@ -84,14 +85,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("files").add_argument
     add("--train_data_dir", type=Path, help="the films [where the run found them]")
-    add("--cache_dir", type=Path, help="latents [where the run kept them]")
+    add("--cache_dir", help="latents and hub downloads [where the run kept them]")
     add("--output_dir", type=Path, help="[<run>/evaluation, or <out>/cross_validation]")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     if (args.lora is None) == (args.cross_validation is None):
-        raise Refused("nothing to measure; expected either --lora out/fold2 or --cross_validation out")
+        given = "nothing" if args.lora is None else "both --lora and --cross_validation"
+        raise Refused(f"{given} given; expected either --lora out/fold2 or --cross_validation out")
+    if args.seed < 0 or not math.isfinite(args.guidance_scale):
+        raise Refused(
+            f"--seed {args.seed} --guidance_scale {args.guidance_scale}; expected a seed from 0 on, a finite scale"
+        )
     for name in ("max_films", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
@@ -116,15 +122,17 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     training_rows, _, held_out_rows = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
     if dataset_hash(rows) != config["data_hash"]:
         raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
-    order = np.random.default_rng(derive_seed(args.seed, "held out")).permutation(len(held_out_rows))
-    held_out_rows = [held_out_rows[i] for i in sorted(order[: args.max_films])]
+    held_out_rows = draw_rows(held_out_rows, args.max_films, args.seed)
+    if settings["max_train_samples"] is not None:
+        training_rows = draw_rows(training_rows, settings["max_train_samples"], settings["seed"])
 
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     device = accelerator.device
     if device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
-    base = load_base(config["base"], settings["revision"], settings["variant"])
+        use_all_cores()
+    cache_dir = args.cache_dir or config["cache_dir"]
+    base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
     if settings["prediction_type"]:
         base.noise_scheduler.register_to_config(prediction_type=settings["prediction_type"])
     pipeline = assemble(base)
@@ -136,19 +144,15 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     )
     vae, noise_scheduler = base.vae.to(device, memory_format=torch.channels_last).eval(), base.noise_scheduler
     resolution, interpolation = config["resolution"], settings["image_interpolation_mode"]
-    posteriors = cache_posteriors(
-        data_dir, rows, vae, args.cache_dir or Path(config["cache_dir"]), resolution, interpolation,
-        batch_size=args.batch_size, owner=str(output_dir),
-    )  # fmt: skip
-    place = {row["file_name"]: i for i, row in enumerate(rows)}
+    # The cache of all films, which training has filled; without it the held-out films alone
+    caching = dict(vae=vae, cache_dir=Path(cache_dir or "cache"), resolution=resolution, interpolation=interpolation)
+    cached_rows = rows if is_cached(data_dir, rows, **caching) else held_out_rows
+    posteriors = cache_posteriors(data_dir, cached_rows, **caching, batch_size=args.batch_size, owner=str(output_dir))
+    place = {row["file_name"]: i for i, row in enumerate(cached_rows)}
     captions = [row["text"] for row in held_out_rows]
-    tokens = base.tokenizer(
-        captions, padding="max_length", truncation=True, max_length=base.tokenizer.model_max_length,
-        return_tensors="pt",
-    )  # fmt: skip
     bank = film_bank(
-        data_dir, held_out_rows, posteriors, [place[row["file_name"]] for row in held_out_rows], tokens.input_ids,
-        vae.config.scaling_factor, resolution, interpolation,
+        data_dir, held_out_rows, posteriors, [place[row["file_name"]] for row in held_out_rows],
+        tokenize(base.tokenizer, captions), vae.config.scaling_factor, resolution, interpolation,
     )  # fmt: skip
     print(f"fold {config['fold']}: {len(bank)} held-out films of {len(set(bank.patients))} patients, "
           f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
@@ -160,7 +164,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         pipeline.disable_lora()
         scores |= {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
         pipeline.enable_lora()
-        mean = mean_film(data_dir, training_rows, resolution, settings["seed"])
+        mean = mean_film(data_dir, training_rows, resolution, settings["seed"], interpolation)
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
 
@@ -187,9 +191,11 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "data_hash": config["data_hash"],
         "sampling": {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale},
         "mixed_precision": accelerator.mixed_precision,
+        "num_folds": config["num_folds"],
+        "resolution": resolution,
+        "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
         "versions": package_versions(),
     } | summarise(scores, bank.patients, noise_levels(noise_scheduler), args.seed)
-    write_json(output_dir / "metrics.json", metrics)
     write_jsonl(
         output_dir / "films.jsonl",
         (
@@ -214,6 +220,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         [html_table(*table), f"<p>{FREE_SAMPLES_NOTE}</p>", '<img src="noise_levels.png">', '<img src="films.png">'],
     )
     write_bytes(output_dir / "report.html", page.encode())
+    write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
     print_table(*table)
     print(f"look at {output_dir / 'report.html'}")
 
@@ -268,7 +275,7 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
 
     def compared(name: str) -> dict:
         adapter, base = scores[f"adapter/{name}"], scores[f"base/{name}"]
-        return {"adapter": stat(adapter), "base": stat(base), "gain": stat(adapter - base)}
+        return {"adapter": stat(adapter), "base": stat(base), "gain": stat(gain_of(name, adapter, base))}
 
     rebuilt = {}
     for strength in STRENGTHS:
@@ -292,6 +299,11 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
             for name in METRICS
         },
     }
+
+
+def gain_of(name: str, adapter, base):
+    """Return what the adapter gained over the base, positive where it is better: more SSIM and PSNR, less error."""
+    return base - adapter if name.startswith("mse") else adapter - base
 
 
 def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
@@ -320,7 +332,14 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             f"free sample against its real partner: {name.upper()}", show(figures["generated"], digits),
             f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
         ])  # fmt: skip
-    heads = ["", "adapter", "base without LoRA", "gain, paired by film", "floor: mean film", "ceiling: autoencoder"]
+    heads = [
+        "",
+        "adapter",
+        "base without LoRA",
+        "gain, paired by film (positive is better)",
+        "floor: mean film",
+        "ceiling: autoencoder",
+    ]
     return heads, rows
 
 
@@ -339,11 +358,12 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
             f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
         )
     folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
-    for name in ("base", "data_hash", "sampling", "seed"):
+    for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed"):
         if len({json.dumps(fold[name], sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
     numbers = [fold["fold"] for fold in folds]
-    films = [row for path in evaluations for row in read_jsonl(path.with_name("films.jsonl"))]
+    films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
+    films = [row for rows in films_by_fold for row in rows]
     if len({row["file_name"] for row in films}) < len(films):
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
 
@@ -353,8 +373,10 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
     columns = {name: [row[name] for row in films] for name in names}
     for name in [name for name in names if name.startswith("adapter/")]:
         base = columns[name.replace("adapter/", "base/")]
-        columns[name.replace("adapter/", "gain/")] = [a - b for a, b in zip(columns[name], base, strict=True)]
-    sizes, summary = [fold["films"] for fold in folds], {}
+        name = name.removeprefix("adapter/")
+        pairs = zip(columns[f"adapter/{name}"], base, strict=True)
+        columns[f"gain/{name}"] = [gain_of(name, *pair) for pair in pairs]
+    sizes, summary = [len(rows) for rows in films_by_fold], {}
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     for name, values in sorted(columns.items()):
         means = [statistics.fmean(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
@@ -364,7 +386,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
             "pooled": statistics.fmean(values), "pooled_interval": [low, high],
         }  # fmt: skip
     record = {
-        "folds": numbers, "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
+        "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
         "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
     }  # fmt: skip
     write_json(output_dir / "summary.json", record)
@@ -385,7 +407,10 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
         return [name, f"{row['mean']:.4f}", f"{row['sd']:.4f}", *(f"{value:.4f}" for value in row["by_fold"]),
                 f"{row['pooled']:.4f} [{low:.4f}, {high:.4f}]"]  # fmt: skip
 
-    title = f"{len(folds)}-fold cross-validation: {len(films)} films of {len(set(patients))} patients"
+    title = (
+        f"Cross-validation, {len(folds)} of {folds[0]['num_folds']} folds: {len(films)} films of {len(set(patients))} "
+        "patients, each scored by a model that never saw the patient"
+    )
     rest = [name for name in summary if name not in first]
     page = [html_table(heads, [line(name) for name in [*first, *rest]]), f"<p>free/...: {FREE_SAMPLES_NOTE}</p>"]
     write_bytes(output_dir / "report.html", html_page(title, page).encode())

@@ -15,6 +15,7 @@ of everything an image depends on: the same command leaves finished images alone
 import argparse
 import hashlib
 import io
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -29,11 +30,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from utils.files import canonical_json, read_jsonl, sha256_file, write_bytes, write_jsonl
+from utils.files import canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
 from utils.hardware import choose_mixed_precision, use_all_cores
 from utils.lora import find_adapter, read_adapter
-from utils.pipeline import SCHEDULERS, assemble, cast_frozen, default_base, load_base, put_on_adapter, sample
-from utils.refusal import Refused, run
+from utils.pipeline import (
+    SCHEDULERS,
+    assemble,
+    canonical_name,
+    cast_frozen,
+    default_base,
+    load_base,
+    put_on_adapter,
+    sample,
+)
+from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
 
 DISCLAIMER = "Synthetic image made by a diffusion model; it shows no patient. Not for diagnosis."
@@ -41,7 +51,7 @@ SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], help="text of a film; repeat for more")
@@ -77,8 +87,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
     if args.seed < 0:
         raise Refused(f"--seed {args.seed}; expected 0 or more")
-    if choose_mixed_precision(args.mixed_precision) == "fp16" and not torch.cuda.is_available():
-        raise Refused("--mixed_precision fp16 needs a CUDA device and there is none here; use bf16 or no")
+    for name in ("guidance_scale", "lora_scale"):
+        if not math.isfinite(getattr(args, name)):
+            raise Refused(f"--{name} {getattr(args, name)}; expected a finite number")
+    choose_mixed_precision(args.mixed_precision)
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
@@ -88,7 +100,7 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
         if not file.is_file():
             raise Refused(f"no prompts at {file}; expected a text file with a prompt a line")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise Refused(f"{file} is no text file in UTF-8 ({error.reason})") from error
     kept = [text.strip() for text in [*prompts, *lines] if text.strip()]
@@ -116,6 +128,19 @@ def encode_png(film: torch.Tensor, image: dict) -> bytes:
     return buffer.getvalue()
 
 
+def add_to_record(output_dir: Path, names: Sequence[str], images: Sequence[dict]) -> None:
+    """Add rows to `images.jsonl`, also for images that an earlier call was killed before it could name."""
+    record = output_dir / "images.jsonl"
+    lock = hold_lock(output_dir / ".lock")
+    if lock is None:
+        raise Refused(f"another generate.py is writing {record}; the images are there, the same command names them")
+    rows = {row["file_name"]: row for row in read_jsonl(record)} if record.exists() else {}
+    for name, image in zip(names, images, strict=True):
+        rows[name] = {"file_name": name} | image | {"synthetic": True, "sha256": sha256_file(output_dir / name)}
+    write_jsonl(record, rows.values())
+    lock.close()
+
+
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     prompts = read_prompts(args.prompt, args.prompts_file)
@@ -127,9 +152,16 @@ def main(args: argparse.Namespace) -> None:
         adapter, header = read_adapter(adapter_file)
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
-    name = args.pretrained_model_name_or_path or header.get("base") or default_base()
-    base = load_base(name, args.revision, args.variant, args.cache_dir)
+        use_all_cores()
+    trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
+    if base_name is None and "base" in header:
+        revision, variant = args.revision or trained["revision"], args.variant or trained["variant"]
+    else:
+        revision, variant = args.revision, args.variant
+    base_name = canonical_name(base_name or header.get("base") or default_base())
+    base = load_base(base_name, revision, variant, args.cache_dir)
+    if trained.get("prediction_type"):
+        base.noise_scheduler.register_to_config(prediction_type=trained["prediction_type"])
     resolution = args.resolution or header.get("resolution") or base.resolution
     if resolution % base.pixel_multiple:
         raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
@@ -140,12 +172,14 @@ def main(args: argparse.Namespace) -> None:
     base.vae.to(accelerator.device)
     for model in (base.unet, base.text_encoder):
         accelerator.prepare_model(model.eval(), evaluation_mode=True)
-    print(f"base {name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}")
+    print(
+        f"base {base_name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}"
+    )
 
     # What is asked for, less what an earlier call of the same command has made
     images = [
         {
-            "prompt": prompt, "seed": args.seed + j, "base": name, "base_revision": args.revision,
+            "prompt": prompt, "seed": args.seed + j, "base": base_name, "base_revision": revision,
             "adapter_sha256": sha256_file(adapter_file) if adapter_file else None, "lora_scale": args.lora_scale,
             "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
             "scheduler": args.scheduler, "resolution": resolution, "mixed_precision": accelerator.mixed_precision,
@@ -155,8 +189,6 @@ def main(args: argparse.Namespace) -> None:
         for j in range(args.num_images)
     ]  # fmt: skip
     names = [file_name(image) for image in images]
-    record = args.output_dir / "images.jsonl"
-    recorded = {row["file_name"]: row for row in read_jsonl(record)} if record.exists() else {}
     missing = [i for i in range(len(images)) if not (args.output_dir / names[i]).exists()]
 
     # One generator an image: it does not depend on what else is asked for
@@ -166,10 +198,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     for i, film in zip(missing, tqdm(films, total=len(missing), desc="generating", unit="image"), strict=True):
         write_bytes(args.output_dir / names[i], encode_png(film, images[i]))
-    for name, image in zip(names, images, strict=True):
-        digest = sha256_file(args.output_dir / name)
-        recorded[name] = {"file_name": name} | image | {"synthetic": True, "sha256": digest}
-    write_jsonl(record, recorded.values())
+    add_to_record(args.output_dir, names, images)
 
     # What a person looks at
     shown = [

@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -35,25 +34,34 @@ from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from utils.card import model_card
-from utils.checkpoint import clear_run, find_start, prune_checkpoints, save_checkpoint
+from utils.checkpoint import clear_run, find_start, forget_after, prune_checkpoints, save_checkpoint
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
-from utils.files import append_jsonl, read_jsonl, write_bytes, write_json
-from utils.folds import split_fold, with_folds
-from utils.hardware import choose_mixed_precision, use_all_cores, warn_once_about_xformers, xformers_problem
+from utils.files import append_jsonl, hold_lock, read_jsonl, write_bytes, write_json
+from utils.folds import draw_rows, split_fold, with_folds
+from utils.hardware import adamw_8bit, choose_mixed_precision, use_all_cores, warn_about_xformers, xformers_problem
 from utils.hub import push
 from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
 from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
 from utils.metadata import dataset_hash, read_metadata
-from utils.pipeline import BUNDLED_BASE, BaseModel, assemble, cast_frozen, default_base, load_base, sample
-from utils.refusal import Refused, run
+from utils.pipeline import (
+    BUNDLED_BASE,
+    BaseModel,
+    assemble,
+    canonical_name,
+    cast_frozen,
+    default_base,
+    load_base,
+    sample,
+    tokenize,
+)
+from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_curves, save_png
-from utils.runlog import cut_back, package_versions
+from utils.runlog import package_versions
 from utils.seeding import derive_seed
 from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score_model, summarise
 
@@ -67,6 +75,9 @@ SAMPLE_PROMPTS = (
     "PA chest radiograph of a 60-year-old man. Cardiomegaly.",
     "AP chest radiograph of a 30-year-old woman. Pneumonia.",
 )
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # needs rules
+INTERPOLATIONS = ["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
+TRACKERS = ["tensorboard", "wandb", "comet_ml", "all", "none"]
 FLUSH_EVERY = 25  # steps between reads of the loss, each of which waits for the device
 
 # Settings that may differ between a run and its resume: where and how it is watched, not what it computes
@@ -79,7 +90,7 @@ FREE_SETTINGS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line: the flags of diffusers' train_text_to_image_lora.py, and ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default="data", help="folder of images and metadata.jsonl, from download.py [data]")
@@ -106,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, help="side of the films in pixels [the base's own]")
     add("--center_crop", action="store_true", help="accepted; films are centred always, as latents are cached")
     add("--random_flip", action="store_true", help="mirror half of the films; puts the heart on the right")
-    add("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear"], help="[lanczos]")
+    add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="[lanczos]")
 
     add = parser.add_argument_group("adapters").add_argument
     add("--rank", type=int, default=16, help="rank of the UNet's adapter [16]")
@@ -127,7 +138,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--learning_rate", type=float, help="of the UNet's adapter [1e-3 for the bundled base, else 1e-4]")
     add("--text_encoder_lr", type=float, help="of the text encoder's [1e-3 for the bundled base, else 1e-5]")
     add("--scale_lr", action="store_true", help="multiply both by the films of an optimizer step")
-    add("--lr_scheduler", default="cosine", choices=[kind.value for kind in SchedulerType], help="[cosine]")
+    add("--lr_scheduler", default="cosine", choices=LR_SCHEDULERS, help="[cosine]")
     add("--lr_warmup_steps", type=int, help="steps of linear warm-up [5 %% of the steps]")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="decay of the first moment [0.9]")
@@ -146,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--early_stopping_patience", type=int, default=3, help="validations without a gain in SSIM; 0 goes on [3]")
 
     add = parser.add_argument_group("hardware").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="no is fp32 [accelerate's, else bf16 where native]")
     add("--allow_tf32", action="store_true", help="TensorFloat-32 matrix products on Ampere and later")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
@@ -159,7 +170,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="let --resume_from_checkpoint none delete a finished run")
     add("--checkpointing_steps", type=int, default=100, help="optimizer steps between checkpoints [100]")
     add("--checkpoints_total_limit", type=int, default=2, help="newest checkpoints that are kept; 0 keeps all [2]")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="[tensorboard]")
+    add("--report_to", default="tensorboard", choices=TRACKERS, help="[tensorboard]")
     add("--logging_dir", default="logs", help="TensorBoard's folder within the run's [logs]")
     add("--push_to_hub", action="store_true", help="upload adapter, card, records and samples at the end")
     add("--hub_token", help="[the one that `hf auth login` saved]")
@@ -171,6 +182,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.pretrained_model_name_or_path = (
         args.pretrained_model_name_or_path or recorded_base(Path(args.output_dir)) or default_base()
     )
+    args.pretrained_model_name_or_path = canonical_name(args.pretrained_model_name_or_path)
     recipe = RECIPES["cxr-tiny" if args.pretrained_model_name_or_path == BUNDLED_BASE else "stable-diffusion"]
     if args.num_train_epochs is not None:
         recipe = {name: value for name, value in recipe.items() if name != "max_train_steps"}
@@ -198,10 +210,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
     least = dict(
         rank=1, text_encoder_rank=0, train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1,
-        num_train_epochs=1, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
+        num_train_epochs=1, adam_epsilon=0, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
-        checkpoints_total_limit=0, snr_gamma=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=0,
-        lora_alpha=0, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64,
+        checkpoints_total_limit=0, snr_gamma=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
+        lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64,
     )  # fmt: skip
     for name, smallest in least.items():
         value = getattr(args, name)
@@ -209,11 +221,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise Refused(f"--{name} {value}; expected a finite number from {smallest} on")
     if not 0 <= args.caption_dropout <= 1:
         raise Refused(f"--caption_dropout {args.caption_dropout}; expected a share from 0 to 1")
-    if choose_mixed_precision(args.mixed_precision) == "fp16" and not torch.cuda.is_available():
-        raise Refused("--mixed_precision fp16 needs a CUDA device and there is none here; use bf16 or no")
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        raise Refused("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise Refused(f"--{name} {getattr(args, name)}; expected a number from 0 to below 1")
+    if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
         )
@@ -224,13 +235,6 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise Refused(f"--output_dir {args.output_dir} is a file; expected a folder")
-
-
-def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
-    """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
-    if most >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(derive_seed(seed, "rows")).sample(range(len(rows)), most))]
 
 
 def flush(
@@ -263,8 +267,9 @@ def flush(
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
             raise Refused(
-                f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint is kept. Lower the learning "
-                f"rate or use --mixed_precision bf16 or no. Films of the step: {', '.join(films)}"
+                f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint is kept. Start afresh "
+                "(--resume_from_checkpoint none) at a lower --learning_rate or with --mixed_precision bf16 or no. Films "
+                f"of the step: {', '.join(films)}"
             )
         finite_norm = norm if math.isfinite(norm) else None
         rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": finite_norm})
@@ -308,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
     rows = read_metadata(data_dir, args.image_column, args.caption_column)
     rows = with_folds(rows, group_by=args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
-    set_hash = dataset_hash(rows)
+    set_hash, num_folds = dataset_hash(rows), len({row["fold"] for row in rows})
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
     if args.max_train_samples is not None:
         training_rows = draw_rows(training_rows, args.max_train_samples, args.seed)
@@ -323,7 +328,7 @@ def main(args: argparse.Namespace) -> None:
     )
     device, say = accelerator.device, accelerator.print
     if device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
+        use_all_cores()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
@@ -340,7 +345,10 @@ def main(args: argparse.Namespace) -> None:
         or max(1, max_train_steps // 10)
     )
 
-    # A run goes on from its last checkpoint, with the settings it began with
+    # A run goes on from its last checkpoint, with the settings it began with, and nobody else writes to its folder
+    lock = hold_lock(run_dir / ".lock") if accelerator.is_main_process else None
+    if accelerator.is_main_process and lock is None:
+        raise Refused(f"another train_lora.py is writing to {run_dir}; wait for it, or choose another --output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     settings |= {"training_data_hash": dataset_hash(training_rows + validation_rows)}
@@ -376,21 +384,25 @@ def main(args: argparse.Namespace) -> None:
         )
     place = {row["file_name"]: i for i, row in enumerate(rows)}
 
-    def tokenize(captions: Sequence[str]) -> Tensor:
-        options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-        return tokenizer(list(captions), return_tensors="pt", **options).input_ids
-
     captions = [row["text"] for row in training_rows]
     too_long = sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
     say(f"{too_long} of {len(captions)} captions are cut at {tokenizer.model_max_length} tokens")
+    if len(validation_rows) < accelerator.num_processes:
+        raise Refused(
+            f"{len(validation_rows)} validation films for {accelerator.num_processes} processes; expected one each"
+        )
     stream = TrainingStream(
-        posteriors, [place[row["file_name"]] for row in training_rows], tokenize(captions), args.seed, mirrored
+        posteriors,
+        [place[row["file_name"]] for row in training_rows],
+        tokenize(tokenizer, captions),
+        args.seed,
+        mirrored,
     )
     bank = film_bank(
         data_dir, validation_rows, posteriors, [place[row["file_name"]] for row in validation_rows],
-        tokenize(row["text"] for row in validation_rows), scaling_factor, resolution, args.image_interpolation_mode,
+        tokenize(tokenizer, [row["text"] for row in validation_rows]), scaling_factor, resolution, args.image_interpolation_mode,
     )  # fmt: skip
-    empty_ids = tokenize([""]).to(device)  # [1, L]
+    empty_ids = tokenize(tokenizer, [""]).to(device)  # [1, L]
 
     # Adapters in fp32 on the attention of the base, whose UNet is cast to the precision of the arithmetic
     unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
@@ -406,7 +418,7 @@ def main(args: argparse.Namespace) -> None:
         text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         if problem := xformers_problem():
-            warn_once_about_xformers(problem)
+            warn_about_xformers(problem)
         else:
             unet.enable_xformers_memory_efficient_attention()
 
@@ -417,9 +429,7 @@ def main(args: argparse.Namespace) -> None:
         groups.append({"params": text_encoder_parameters, "lr": args.text_encoder_lr * rate_factor})
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer = AdamW8bit(groups, **adam)
+        optimizer = adamw_8bit()(groups, **adam)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **adam)
     warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else round(0.05 * max_train_steps)
@@ -453,18 +463,16 @@ def main(args: argparse.Namespace) -> None:
     log, validation_log = run_dir / "log.jsonl", run_dir / "validation.jsonl"
     config = {
         "base": args.pretrained_model_name_or_path, "fold": args.fold, "resolution": resolution, "settings": settings,
-        "train_data_dir": args.train_data_dir, "cache_dir": str(cache_dir), "data_hash": set_hash,
-        "versions": package_versions(),
+        "train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "data_hash": set_hash,
+        "num_folds": num_folds, "versions": package_versions(),
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
     }  # fmt: skip
     if accelerator.is_main_process:
         if state is None:
             clear_run(run_dir)
-        for path in (log, validation_log):
-            cut_back(path, first_step)
-        prune_checkpoints(run_dir, keep=0)  # only what a kill left unfinished
+        forget_after(run_dir, first_step)
         write_json(run_dir / "config.json", config)
-    accelerator.init_trackers(args.logging_dir)
+    accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
 
@@ -475,7 +483,7 @@ def main(args: argparse.Namespace) -> None:
                 bank, live_unet, live_text_encoder, vae, noise_scheduler, args.validation_batch_size, share
             )
             if step == 0:
-                mean = mean_film(data_dir, training_rows, resolution, args.seed)
+                mean = mean_film(data_dir, training_rows, resolution, args.seed, args.image_interpolation_mode)
                 scores |= score_bounds(bank, vae, noise_scheduler, mean, args.validation_batch_size, share)
             scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
             is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
@@ -609,6 +617,8 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == "__main__":

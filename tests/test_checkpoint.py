@@ -9,10 +9,12 @@ from utils.checkpoint import (
     checkpoint_steps,
     clear_run,
     find_start,
+    forget_after,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
+from utils.files import read_jsonl, write_jsonl
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
 
@@ -48,12 +50,22 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
 def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    (tmp_path / "checkpoint-4.tmp").mkdir()
     prune_checkpoints(tmp_path, keep=2)
     assert checkpoint_steps(tmp_path) == [2, 3]
-    assert not (tmp_path / "checkpoint-4.tmp").exists()
     prune_checkpoints(tmp_path, keep=0)  # keeps all
     assert checkpoint_steps(tmp_path) == [2, 3]
+
+
+def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: Path) -> None:
+    """Else the next kill would go on from a checkpoint whose steps are no longer in the log."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-4.tmp").mkdir()
+    write_jsonl(tmp_path / "log.jsonl", [{"step": step} for step in (1, 2, 3)])
+    assert start(tmp_path, wanted="checkpoint-2")[0]["step"] == 2  # a name, as diffusers takes it
+    forget_after(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl"]
+    assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [1, 2]
 
 
 def test_a_fresh_folder_starts_afresh(tmp_path: Path) -> None:
@@ -68,11 +80,13 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
         start(tmp_path, films_a_step=16)
 
 
-def test_another_number_of_processes_is_allowed_and_said(tmp_path: Path) -> None:
+def test_another_number_of_processes_is_allowed_and_said_but_not_another_batch(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    state, _, remark = start(tmp_path, processes=2, films_a_step=16)
+    state, _, remark = start(tmp_path, processes=2)
     assert state["step"] == 1
     assert "on 2 processes instead of 1" in remark
+    with pytest.raises(Refused, match="films_a_step: 8 -> 16"):
+        start(tmp_path, processes=2, films_a_step=16)
 
 
 def test_a_finished_run_is_not_lost_by_accident(tmp_path: Path) -> None:
@@ -81,7 +95,9 @@ def test_a_finished_run_is_not_lost_by_accident(tmp_path: Path) -> None:
         start(tmp_path, wanted="none")
     assert start(tmp_path, wanted="none", overwrite=True)[0] is None
     clear_run(tmp_path / "other")
-    (tmp_path / "other" / WEIGHTS_NAME).touch()  # its checkpoints were deleted to save space
+    (tmp_path / "other" / WEIGHTS_NAME).touch()  # killed between its first adapter and its first checkpoint
+    assert start(tmp_path / "other")[0] is None
+    (tmp_path / "other" / "README.md").touch()  # finished, and its checkpoints deleted to save space
     with pytest.raises(Refused, match="finished run"):
         start(tmp_path / "other")
 
@@ -92,13 +108,18 @@ def test_an_unfinished_run_may_be_started_afresh(tmp_path: Path) -> None:
 
 
 def test_broken_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no checkpoint at"):
-        start(tmp_path, wanted=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(Refused, match="no checkpoint"):
+        start(tmp_path / "run", wanted=str(tmp_path / "run" / "checkpoint-3"))
+    save(tmp_path / "elsewhere", 3)
+    with pytest.raises(Refused, match="no checkpoint"):  # its logs would not be ours
+        start(tmp_path / "run", wanted=str(tmp_path / "elsewhere" / "checkpoint-3"))
     save(tmp_path, 3)
     file = tmp_path / "checkpoint-3" / "training_state.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(Refused, match="no whole checkpoint"):
-        start(tmp_path)
+    for content in (file.read_bytes()[:100], b"", b"no checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(Refused, match="no whole checkpoint"):
+            start(tmp_path)
+    assert start(tmp_path, wanted="none")[0] is None  # the way out that the message names
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:

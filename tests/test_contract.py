@@ -23,7 +23,7 @@ LAYERS = {
     1: {"diffusion", "hardware", "images", "metrics"},
     2: {"checkpoint", "latents", "lora", "pipeline", "validation"},
 }  # fmt: skip
-ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers"}, 2: HEAVY}
+ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
 
 

@@ -112,7 +112,7 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     gain = summary["figures"]["gain/ssim/0.5"]
     assert gain["pooled"] == pytest.approx(figure["pooled"] - summary["figures"]["base/ssim/0.5"]["pooled"])
     assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + 1
-    assert "2-fold cross-validation" in (tmp_path / "report.html").read_text()
+    assert "Cross-validation, 2 of 5 folds" in (tmp_path / "report.html").read_text()
 
 
 def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Path) -> None:
@@ -137,7 +137,9 @@ def test_other_data_than_trained_on_is_refused(runs: Path, own_data: Path) -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "nothing to measure"),
+        ([], "nothing given"),
+        (["--lora", "a", "--cross_validation", "b"], "both"),
+        (["--lora", "a", "--seed", "-1"], "--seed -1"),
         (["--lora", "/nowhere"], "no training run at"),
         (["--cross_validation", "/nowhere"], "0 evaluated folds"),
         (["--lora", "/nowhere", "--batch_size", "0"], "--batch_size 0"),

@@ -109,6 +109,7 @@ def test_every_scheduler_named_in_the_help_runs(tiny_base: Path, tmp_path: Path,
         (["--prompt", "x", "--num_images", "0"], "--num_images 0"),
         (["--prompt", "x", "--resolution", "100"], "multiple of 16"),
         (["--prompt", "x", "--seed", "-1"], "--seed -1"),
+        (["--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
     ],
 )
 def test_bad_input_is_refused_in_words(tiny_base: Path, tmp_path: Path, extra: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from utils import hardware
+from utils.refusal import Refused
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,6 @@ from utils import hardware
     [
         ("no", "bf16", True, "no"),
         ("bf16", None, False, "bf16"),
-        (None, "fp16", True, "fp16"),
         (None, "bf16", False, "bf16"),
         (None, "no", True, "bf16"),  # accelerate launch says "no" unasked
         (None, None, True, "bf16"),
@@ -33,14 +33,24 @@ def test_precision_is_the_flag_then_accelerates_then_the_hardwares(
     assert hardware.choose_mixed_precision(flag) == expected
 
 
+def test_fp16_is_refused_without_cuda_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for flag in (None, "fp16"):
+        with pytest.raises(Refused, match="CUDA"):
+            hardware.choose_mixed_precision(flag)
+    assert hardware.choose_mixed_precision("no") == "no"
+
+
 def test_threads_are_shared_unless_the_user_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    hardware.use_all_cores(num_local_processes=2)
+    hardware.use_all_cores()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    hardware.use_all_cores(num_local_processes=2)
+    hardware.use_all_cores()
     assert asked == [4]
 
 
@@ -50,7 +60,7 @@ def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
     assert "xformers" in problem
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hardware.warn_once_about_xformers(problem)
+        hardware.warn_about_xformers(problem)
     assert "scaled_dot_product_attention" in str(caught[0].message)
 
 

@@ -291,9 +291,12 @@ def test_v_prediction_trains_and_keeps_its_target(tmp_path: Path, tiny_data: Pat
         (["--learning_rate", "nan"], "--learning_rate"),
         (["--resolution", "100"], "multiple of 16"),
         (["--mixed_precision", "fp16"], "CUDA"),
+        (["--adam_beta1", "1.5"], "--adam_beta1"),
+        (["--max_grad_norm", "0"], "--max_grad_norm 0"),
+        (["--seed", "-1"], "--seed -1"),
         (["--train_data_dir", "/nowhere"], "no folder"),
         (["--pretrained_model_name_or_path", "/nowhere"], "assets/cxr-tiny"),
-        (["--resume_from_checkpoint", "/nowhere"], "no checkpoint at"),
+        (["--resume_from_checkpoint", "/nowhere"], "no checkpoint"),
     ],
 )
 def test_bad_input_is_refused_in_words(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from utils.files import write_bytes, write_json
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
-from utils.runlog import differences
+from utils.runlog import cut_back, differences
 
 STATE_NAME = "state.json"
 TENSORS_NAME = "training_state.pt"
@@ -44,9 +45,7 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete what kills left unfinished and, where `keep` is positive, all but the newest `keep` checkpoints."""
-    for partial in run.glob("checkpoint-*.tmp"):
-        shutil.rmtree(partial)
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
     for step in checkpoint_steps(run)[:-keep] if keep > 0 else []:
         shutil.rmtree(run / f"checkpoint-{step}")
 
@@ -60,7 +59,7 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict]:
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         tensors = torch.load(folder / TENSORS_NAME, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise Refused(
             f"{folder} is no whole checkpoint ({' '.join(str(error).split())[:160]}); delete it to go on from the one "
             "before, or start afresh with --resume_from_checkpoint none"
@@ -75,9 +74,9 @@ def find_start(
 
     Args:
         run: the run's folder.
-        wanted: "latest", a checkpoint's folder, or "none".
-        settings: of this command; `films_a_step` may differ from the checkpoint's where the processes do.
-        num_processes: of this command.
+        wanted: "latest", one of the run's checkpoints (its name or its folder), or "none".
+        settings: of this command.
+        num_processes: of this command; it may differ from the checkpoint's, the films a step may not.
         overwrite: whether "none" may replace a finished run.
 
     Returns:
@@ -88,28 +87,46 @@ def find_start(
             would be lost.
     """
     steps = checkpoint_steps(run)
-    if wanted not in ("latest", "none"):
-        if not Path(wanted).is_dir():
-            raise Refused(f"no checkpoint at {wanted}; {run} has {steps or 'none'}")
-        folder = Path(wanted)
-    elif wanted == "latest" and steps:
-        folder = run / f"checkpoint-{steps[-1]}"
-    else:
-        last = load_checkpoint(run / f"checkpoint-{steps[-1]}")[0] if steps else {}
-        if (last.get("finished") or (not steps and (run / WEIGHTS_NAME).exists())) and not overwrite:
+    if wanted == "none" or (wanted == "latest" and not steps):
+        if is_finished(run) and not (wanted == "none" and overwrite):
             raise Refused(f"{run} holds a finished run; --resume_from_checkpoint none --overwrite deletes it")
         return None, {}, "starting afresh"
+    folder = run / (f"checkpoint-{steps[-1]}" if wanted == "latest" else Path(wanted).name)
+    if not folder.is_dir() or (wanted not in ("latest", folder.name) and Path(wanted).resolve() != folder.resolve()):
+        raise Refused(f"no checkpoint {wanted} in {run}, which has those of steps {steps or 'none'}")
     state, tensors = load_checkpoint(folder)
+    if changed := differences(state["settings"], settings):
+        raise Refused(
+            f"{folder} was made with other settings ({'; '.join(changed)}); type the first command again (on another "
+            "number of processes with a --train_batch_size that keeps films_a_step), choose another --output_dir, or "
+            "start afresh with --resume_from_checkpoint none"
+        )
     remark = f"going on from {folder}"
     if state["num_processes"] != num_processes:
         remark += f", on {num_processes} processes instead of {state['num_processes']}"
-        settings = settings | {"films_a_step": state["settings"]["films_a_step"]}
-    if changed := differences(state["settings"], settings):
-        raise Refused(
-            f"{folder} was made with other settings ({'; '.join(changed)}); type the first command again, choose "
-            "another --output_dir, or start afresh with --resume_from_checkpoint none"
-        )
     return state, tensors, remark
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether a run has come to its end: its last checkpoint says so, or only its model card is left to."""
+    steps = checkpoint_steps(run)
+    if not steps:
+        return (run / "README.md").exists()
+    try:
+        return json.loads((run / f"checkpoint-{steps[-1]}" / STATE_NAME).read_text(encoding="utf-8"))["finished"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Delete what lies after `step` and what kills left unfinished, so that the run goes on from there alone."""
+    for later in checkpoint_steps(run):
+        if later > step:
+            shutil.rmtree(run / f"checkpoint-{later}")
+    for partial in run.glob("checkpoint-*.tmp"):
+        shutil.rmtree(partial)
+    for log in ("log.jsonl", "validation.jsonl"):
+        cut_back(run / log, step)
 
 
 def clear_run(run: Path) -> None:

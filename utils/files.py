@@ -1,11 +1,12 @@
 """Files that are either whole or absent: atomic writes, JSON lines, hashes."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def canonical_json(value: Any) -> str:
@@ -69,3 +70,15 @@ def read_jsonl(path: Path) -> list[dict]:
         elif number < len(lines):
             raise ValueError(f"{path}, line {number}: not a JSON object")
     return rows
+
+
+def hold_lock(path: Path) -> IO | None:
+    """Return an open file that nobody else can hold until it is closed or the process ends, None if somebody does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

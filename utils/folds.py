@@ -156,7 +156,8 @@ def stratum_of(row: dict) -> str:
 def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by: str = "patient_id") -> list[dict]:
     """Return the rows sorted by file name, each with a `fold`; the order they came in makes no difference.
 
-    Rows that have folds keep them. Others, of a folder that download.py has not written, are dealt out here.
+    Rows that have folds keep them. Others, of a folder that download.py has not written, are dealt out here; equal
+    files stay together, but only download.py looks for films that are nearly equal.
 
     Raises:
         Refused: where some rows have folds and others none, with fewer groups than folds, or for rows without a
@@ -168,9 +169,11 @@ def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by
         return rows
     if len(without) < len(rows):
         raise Refused(f"{without[0]} has no fold but other rows have; give one to every row or to none")
-    groups = [group_of(row, group_by) for row in rows]
+    groups, first = [group_of(row, group_by) for row in rows], {}
+    copies = [(first.setdefault(row.get("sha256"), i), i) for i, row in enumerate(rows) if row.get("sha256")]
+    groups = merge_groups(groups, copies)
     folds = assign_folds(groups, [stratum_of(row) for row in rows], num_folds, seed)
-    return [{**row, "fold": fold} for row, fold in zip(rows, folds, strict=True)]
+    return [{**row, "group": group, "fold": fold} for row, group, fold in zip(rows, groups, folds, strict=True)]
 
 
 def split_fold(
@@ -215,3 +218,11 @@ def split_fold(
     training = [row for row in outside if group_of(row, group_by) not in chosen]
     validation = [row for row in outside if group_of(row, group_by) in chosen]
     return training, validation, held_out
+
+
+def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
+    """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
+    if most >= len(rows):
+        return rows
+    chosen = np.random.default_rng(derive_seed(seed, "rows")).permutation(len(rows))[:most]
+    return [rows[i] for i in sorted(chosen)]

@@ -4,14 +4,13 @@ The journal lies in the cache folder, not among the data. Its first line says wh
 every other what one finished film was made from.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import IO
 
-from utils.files import read_jsonl, sha256_file, write_jsonl
+from utils.files import hold_lock, read_jsonl, sha256_file, write_jsonl
 from utils.films import Film
 from utils.refusal import Refused
 
@@ -24,13 +23,9 @@ def journal_path(cache_dir: Path, output_dir: Path) -> Path:
 
 def lock_journal(journal: Path) -> IO:
     """Return an open file that keeps other runs off this data folder until it is closed or the process ends."""
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(journal.with_suffix(".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise Refused("another download.py is filling this --output_dir; wait for it, or name another") from None
+    lock = hold_lock(journal.with_suffix(".lock"))
+    if lock is None:
+        raise Refused("another download.py is filling this --output_dir; wait for it, or name another")
     return lock
 
 

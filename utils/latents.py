@@ -36,8 +36,11 @@ class FilmDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        path = self.directory / self.rows[index]["file_name"]
+        row = self.rows[index]
+        path = self.directory / row["file_name"]
         try:
+            if row.get("sha256") and sha256_file(path) != row["sha256"]:
+                raise UnusableFilm("not the file whose SHA-256 the table has")
             return load_film(path, self.resolution, self.interpolation)
         except (OSError, UnusableFilm) as error:
             raise Refused(
@@ -50,14 +53,21 @@ def load_films(dataset: FilmDataset, num_workers: int = 0) -> Tensor:
     return torch.cat(list(DataLoader(dataset, batch_size=64, num_workers=num_workers)))
 
 
-def mean_film(directory: Path, rows: Sequence[dict], resolution: int, seed: int, most: int = 1000) -> Tensor:
+def mean_film(
+    directory: Path,
+    rows: Sequence[dict],
+    resolution: int,
+    seed: int,
+    interpolation: str = "lanczos",
+    most: int = 1000,
+) -> Tensor:
     """Return the pixel mean of training films, uint8 [resolution, resolution].
 
     The floor of every image metric: it scores 0.76 in SSIM against real films where one real film scores 0.62 against
     another. At most `most` films, drawn by seed, enter: more do not change it.
     """
     order = np.random.default_rng(derive_seed(seed, "mean film")).permutation(len(rows))[:most]
-    films = FilmDataset(directory, [rows[i] for i in sorted(order)], resolution)
+    films = FilmDataset(directory, [rows[i] for i in sorted(order)], resolution, interpolation)
     total = sum(batch.double().sum(dim=0) for batch in DataLoader(films, batch_size=64))
     return (total / len(films)).round().to(torch.uint8)
 
@@ -89,6 +99,14 @@ class Posteriors:
         self.std = np.load(folder / "std.npy", mmap_mode="r")
         if self.mean.shape != self.std.shape or len(self.mean) != num_films:
             raise Refused(f"{folder} holds {self.mean.shape}, expected {num_films} films; delete that folder")
+
+
+def is_cached(
+    directory: Path, rows: Sequence[dict], vae: AutoencoderKL, cache_dir: Path, resolution: int, interpolation: str
+) -> bool:
+    """Return whether `cache_posteriors` would find these films encoded."""
+    key = posterior_key(directory, rows, vae, resolution, interpolation, mirrored=False)
+    return (cache_dir / "latents" / key / "index.json").is_file()
 
 
 def cache_posteriors(
@@ -125,19 +143,23 @@ def cache_posteriors(
         Refused: for a film that cannot be read, or whose posterior is not finite, by name.
     """
     folder = cache_dir / "latents" / posterior_key(directory, rows, vae, resolution, interpolation, mirrored)
-    if (folder / "index.json").is_file():
-        return Posteriors(folder, len(rows))
     partial = folder.with_name(f"{folder.name}.{derive_seed(owner):016x}.tmp")
     side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (len(rows), vae.config.latent_channels, side, side)
+    # The first process alone decides whether there is work: a cache that another run finishes meanwhile would else
+    # send one process home and leave the others waiting for it
     if process_index == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    if process_index == 0 and not (folder / "index.json").is_file():
         partial.mkdir(parents=True)
         for name in ("mean", "std"):
             np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
-            with open(partial / f"{name}.npy", "r+b") as file:  # a full disk shows here, not as a crash while encoding
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            with open(partial / f"{name}.npy", "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash while encoding
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     wait_for_everyone()
+    if not partial.is_dir():
+        return Posteriors(folder, len(rows))
     files = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("mean", "std")}
     share = range(process_index, len(rows), num_processes)
     films = FilmDataset(directory, [rows[i] for i in share], resolution, interpolation)
@@ -155,10 +177,12 @@ def cache_posteriors(
     wait_for_everyone()
     if process_index == 0:
         write_json(partial / "index.json", {"shape": shape, "resolution": resolution, "mirrored": mirrored})
-        if folder.exists():  # another run was quicker
-            shutil.rmtree(partial)
-        else:
+        try:
             partial.rename(folder)
+        except OSError:
+            if not (folder / "index.json").is_file():
+                raise
+            shutil.rmtree(partial)  # another run was quicker
     wait_for_everyone()
     return Posteriors(folder, len(rows))
 

@@ -169,7 +169,7 @@ def findings_list(value: object) -> list[str] | None:
 
 def row_faults(rows: Iterable[dict], directory: Path) -> Iterator[str]:
     """Yield what is wrong with rows that `load_rows` gave, a sentence each."""
-    seen, folds = set(), {}
+    seen, folds, groups = set(), {}, {}
     for row in rows:
         name = row["file_name"]
         if name in seen:
@@ -179,9 +179,12 @@ def row_faults(rows: Iterable[dict], directory: Path) -> Iterator[str]:
             yield f"{name} has no text"
         if not (directory / name).is_file():
             yield f"{name} is in the table but there is no such file"
-        patient = row.get("group") or row["patient_id"]
-        if patient is not None and folds.setdefault(patient, row["fold"]) != row["fold"]:
-            yield f"patient {patient} is in folds {folds[patient]} and {row['fold']} ({name})"
+        patient, group = row["patient_id"], row.get("group")
+        for kind, value in (("patient", patient), ("group", group)):
+            if value is not None and folds.setdefault((kind, value), row["fold"]) != row["fold"]:
+                yield f"{kind} {value} is in folds {folds[kind, value]} and {row['fold']} ({name})"
+        if None not in (patient, group) and groups.setdefault(patient, group) != group:
+            yield f"patient {patient} is in groups {groups[patient]} and {group} ({name}); a group joins whole patients"
 
 
 def dataset_hash(rows: Iterable[dict]) -> str:

@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -61,6 +62,11 @@ class BaseModel:
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
 
+def canonical_name(name: str) -> str:
+    """Return the one name of the bundled base for every way to write its folder, other names as they are."""
+    return BUNDLED_BASE if Path(name).resolve() == ROOT / BUNDLED_BASE else name
+
+
 def default_base() -> str:
     """Return the base model that is used where none is named: Stable Diffusion 1.5 with CUDA, else the bundled one."""
     return STABLE_DIFFUSION if torch.cuda.is_available() else BUNDLED_BASE
@@ -84,7 +90,7 @@ def load_base(
         Refused: for a folder without a Stable Diffusion, one with pickled weights only, or an unreachable hub.
     """
     location = Path(name)
-    if name == BUNDLED_BASE and not location.is_dir():
+    if name == BUNDLED_BASE:
         location = ROOT / BUNDLED_BASE
     if location.is_dir():
         _check_folder(location, variant)
@@ -93,7 +99,7 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     weights = dict(options, variant=variant, use_safetensors=True)
     try:
-        return BaseModel(
+        base = BaseModel(
             name=name,
             tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
             noise_scheduler=DDPMScheduler.from_pretrained(where, subfolder="scheduler", **options),
@@ -104,7 +110,7 @@ def load_base(
             vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **weights),
             unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **weights),
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         if location.is_dir():
             raise Refused(f"{name} cannot be loaded as a Stable Diffusion in diffusers layout: {reason}") from error
@@ -112,6 +118,14 @@ def load_base(
             f"base model {name} is no folder here and could not be had from the hub ({reason}); try again online, or "
             f"use the bundled one: --pretrained_model_name_or_path {BUNDLED_BASE}"
         ) from error
+    if base.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise Refused(
+            f"{name} predicts {base.noise_scheduler.config.prediction_type}; expected epsilon or v_prediction"
+        )
+    words, vectors = len(base.tokenizer), base.text_encoder.config.vocab_size
+    if words != vectors:  # without its files transformers makes up a tokenizer of two words
+        raise Refused(f"{name}: its tokenizer has {words} words, its text encoder {vectors}; one of them is not whole")
+    return base
 
 
 def _check_folder(folder: Path, variant: str | None) -> None:
@@ -161,6 +175,12 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
         reason = " ".join(str(error).split())[:160]
         raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
     pipeline.set_adapters("adapter", scale)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Return the tokens of captions, padded or cut to the model's length, int64 [N, L]."""
+    options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    return tokenizer(list(captions), return_tensors="pt", **options).input_ids
 
 
 def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:

@@ -4,6 +4,7 @@ Every script ends in `sys.exit(run(main, parse_args))`: 0 is done, 1 is a check 
 input, told in one line on stderr. A traceback therefore always means a fault of ours, never one of the user's.
 """
 
+import argparse
 import errno
 import sys
 from argparse import Namespace
@@ -18,6 +19,13 @@ UNUSABLE_DISK = (
 
 class Refused(ValueError):
     """Input that cannot be used; the message says what was given, what was expected and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like every other refusal."""
+
+    def error(self, message: str) -> None:
+        raise Refused(f"{message}; see --help")
 
 
 def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namespace]) -> int:

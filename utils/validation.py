@@ -35,7 +35,7 @@ class FilmBank:
         latents: scaled posterior means, float32 [N, C, h, w].
         input_ids: tokens of their captions, int64 [N, L].
         seeds: of each film's noise, [N].
-        patients: whose film it is, [N].
+        patients: whose film it is, [N]; patients who share a film count as one.
     """
 
     films: Tensor
@@ -81,7 +81,7 @@ def film_bank(
         latents=torch.from_numpy(posteriors.mean[list(places)]) * scaling_factor,
         input_ids=input_ids,
         seeds=[derive_seed("film noise", row["file_name"]) for row in rows],
-        patients=[str(row.get("patient_id") or row["file_name"]) for row in rows],
+        patients=[str(row.get("group") or row.get("patient_id") or row["file_name"]) for row in rows],
     )
 
 
