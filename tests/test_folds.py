@@ -57,6 +57,16 @@ def test_folds_of_the_table_are_kept():
         with_folds([rows[0] | {"fold": None}, *rows[1:]], 5, seed=0)
 
 
+def test_equal_files_of_different_patients_stay_together():
+    rows = [{**row, "sha256": "same" if i % 120 == 0 else str(i)} for i, row in enumerate(made_up_rows())]
+    dealt = with_folds(rows)
+    assert len({row["fold"] for row in dealt if row["sha256"] == "same"}) == 1
+    fold = next(row["fold"] for row in dealt if row["sha256"] == "same")
+    training, validation, _ = split_fold(dealt, (fold + 1) % 5, seed=0)
+    sides = [any(row["sha256"] == "same" for row in side) for side in (training, validation)]
+    assert sum(sides) == 1
+
+
 def test_fewer_patients_than_folds_are_refused():
     assert sorted(assign_folds(list("abc"), [0, 0, 1], 3, seed=0)) == [0, 1, 2]
     with pytest.raises(Refused, match="3 patients cannot fill 5 folds"):

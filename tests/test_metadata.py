@@ -95,7 +95,15 @@ def test_rows_that_would_spoil_a_run_are_refused(change, message, tmp_path):
 
 def test_patients_tied_together_must_share_a_fold(tmp_path):
     imagefolder(tmp_path, rows_of(group="p0"))
-    with pytest.raises(Refused, match="patient p0 is in folds 0 and 1"):
+    with pytest.raises(Refused, match="group p0 is in folds 0 and 1"):
+        read_metadata(tmp_path)
+
+
+def test_a_group_may_join_patients_but_never_split_one(tmp_path):
+    """A table of others may have a column of that name, for studies say."""
+    rows = [{"file_name": f"{i}.png", "text": "x", "patient_id": "p", "group": f"study{i}"} for i in range(2)]
+    imagefolder(tmp_path, rows)
+    with pytest.raises(Refused, match="patient p is in groups study0 and study1"):
         read_metadata(tmp_path)
 
 

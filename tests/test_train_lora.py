@@ -5,19 +5,23 @@ Each test here stands for a defect that reference scripts ship. Runs in this pro
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_lora
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_base
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
@@ -220,7 +224,25 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_films(
     assert checkpoint_steps(tmp_path / "run") == [2]
 
 
-@pytest.mark.parametrize("extra", [[], ["--use_8bit_adam", "--rank", "256"], ["--gradient_checkpointing"]])
+def test_a_kill_between_the_first_adapter_and_the_first_checkpoint_costs_nothing(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--max_train_steps", "4", "--validation_steps", "2"]
+    train(tiny_base, tiny_data, tmp_path / "unbroken", *more)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_lora, "save_checkpoint", killed)
+        train(tiny_base, tiny_data, tmp_path / "broken", *more)
+    assert (tmp_path / "broken" / WEIGHTS_NAME).exists()
+    train(tiny_base, tiny_data, tmp_path / "broken", *more)
+    for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("extra", [[], ["--use_8bit_adam", "--rank", "256"]])
 def test_a_resumed_run_ends_in_the_same_bytes(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, extra: list[str]
 ) -> None:
@@ -265,6 +287,7 @@ def test_killed_at_any_instant_the_same_command_ends_in_the_same_bytes(
             process = start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output)
             while process.poll() is None and checkpoint_steps(runs["killed"])[-1:] <= steps[-1:]:
                 time.sleep(0.01)
+            time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(300) == 0
@@ -274,12 +297,85 @@ def test_killed_at_any_instant_the_same_command_ends_in_the_same_bytes(
     assert logs[2] == pytest.approx(logs[1], abs=1e-5)
 
 
-def test_v_prediction_trains_and_keeps_its_target(tmp_path: Path, tiny_data: Path) -> None:
-    from tests.conftest import build_base
+def test_a_velocity_model_is_trained_on_the_velocity(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first loss, from what the UNet was given and gave, by hand."""
+    base, seen = build_base(tmp_path / "base", prediction_type="v_prediction"), {}
+    add_noise, mse_loss = DDPMScheduler.add_noise, train_lora.F.mse_loss
 
-    base = build_base(tmp_path / "base", prediction_type="v_prediction")
-    train(base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
-    assert load_file(tmp_path / "run" / WEIGHTS_NAME)
+    def keep_parts(scheduler, latents, noise, timesteps):
+        alphas = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+        seen["velocity"] = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+        return add_noise(scheduler, latents, noise, timesteps)
+
+    def keep_target(prediction, target, reduction):
+        torch.testing.assert_close(target, seen["velocity"])
+        seen["compared"] = True
+        return mse_loss(prediction, target, reduction=reduction)
+
+    monkeypatch.setattr(DDPMScheduler, "add_noise", keep_parts)
+    monkeypatch.setattr(train_lora.F, "mse_loss", keep_target)
+    train(base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+    assert seen["compared"]
+
+
+def test_checkpointed_gradients_are_the_gradients(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Of the text encoder too, which re-entrant checkpointing leaves without any."""
+    more = ("--max_train_steps", "3")
+    train(tiny_base, tiny_data, tmp_path / "plain", *more)
+    train(tiny_base, tiny_data, tmp_path / "checkpointed", *more, "--gradient_checkpointing")
+    plain, checkpointed = (read(tmp_path / name / "log.jsonl") for name in ("plain", "checkpointed"))
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in checkpointed] == pytest.approx([row[name] for row in plain], rel=1e-5)
+    _, tensors = load_checkpoint(tmp_path / "checkpointed" / "checkpoint-3")
+    assert all(tensor.any() for name, tensor in tensors["adapters"].items() if "text_encoder" in name)
+
+
+def test_held_out_films_change_nothing(tiny_base: Path, own_data: Path, tmp_path: Path) -> None:
+    """The fold that evaluation will use leaves no trace in the adapter, whatever is on its films."""
+    more = ("--fold", "3", "--max_train_steps", "3")
+    train(tiny_base, own_data, tmp_path / "before", *more)
+    for film in own_data.glob("images/p03_*.png"):
+        Image.fromarray(255 - np.array(Image.open(film))).save(film)
+    train(tiny_base, own_data, tmp_path / "after", *more)
+    before, after = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("before", "after"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for film in own_data.glob("images/p04_*.png"):  # one that is trained or validated on does
+        Image.fromarray(255 - np.array(Image.open(film))).save(film)
+    train(tiny_base, own_data, tmp_path / "other", *more)
+    other = load_file(tmp_path / "other" / WEIGHTS_NAME)
+    assert not all(torch.equal(before[name], other[name]) for name in before)
+
+
+def test_drawing_samples_changes_no_weight_and_tells_the_tracker(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    more = ("--max_train_steps", "4", "--validation_steps", "2")
+    train(tiny_base, tiny_data, tmp_path / "blind", *more)
+    train(
+        tiny_base, tiny_data, tmp_path / "drawn", *more, "--num_validation_images", "2", "--report_to", "tensorboard"
+    )
+    blind, drawn = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("blind", "drawn"))
+    assert all(torch.equal(blind[name], drawn[name]) for name in blind)
+    names = [path.name for path in sorted((tmp_path / "drawn" / "samples").iterdir())]
+    assert names == ["step-000000.png", "step-000002.png", "step-000004.png"]
+    assert list((tmp_path / "drawn" / "logs").rglob("events.*"))
+
+
+def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Epochs, mirrored films, noise offset, scaled rates, workers, fewer films; then the base comes from the record."""
+    more = ["--num_train_epochs", "1", "--validation_epochs", "1", "--random_flip", "--center_crop", "--noise_offset",
+            "0.1", "--scale_lr", "--dataloader_num_workers", "1", "--max_train_samples", "9",
+            "--enable_xformers_memory_efficient_attention"]  # fmt: skip
+    with pytest.warns(UserWarning, match="xformers"):
+        train(tiny_base, tiny_data, tmp_path / "run", *more)
+    rows = read(tmp_path / "run" / "log.jsonl")
+    assert len(rows) == 3  # nine films by four
+    assert rows[0]["lr"] == pytest.approx(4e-2)
+    assert train_lora.parse_args(["--output_dir", str(tmp_path / "run")]).pretrained_model_name_or_path == str(
+        tiny_base
+    )
 
 
 @pytest.mark.parametrize(
