@@ -46,7 +46,7 @@ from utils.pipeline import (
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
 
-DISCLAIMER = "Synthetic image made by a diffusion model; it shows no patient. Not for diagnosis."
+DISCLAIMER = "Synthetic: made by a diffusion model from text. Not for diagnosis."
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
 
 

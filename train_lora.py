@@ -96,12 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train_data_dir", default="data", help="folder of images and metadata.jsonl, from download.py [data]")
     add("--dataset_name", help="the same folder, by the name that diffusers' script gives it")
     add("--fold", type=int, default=0, help="the fold that is held out; evaluate.py alone touches it [0]")
-    add(
-        "--group_by",
-        choices=["patient_id", "image"],
-        default="patient_id",
-        help="image: every image is its own patient",
-    )
+    add("--group_by", choices=["patient_id", "image"], default="patient_id", help="image: each is its own patient")
     add("--image_column", default="file_name", help="column of the image's file name [file_name]")
     add("--caption_column", default="text", help="column of the caption [text]")
     add("--max_train_samples", type=int, help="train on at most so many films, drawn by --seed")

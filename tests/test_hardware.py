@@ -64,9 +64,8 @@ def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
     assert "scaled_dot_product_attention" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("package", ["xformers", "bitsandbytes"])
-def test_optional_accelerators_are_not_needed_to_start(package: str) -> None:
-    code = f"import sys; sys.modules[{package!r}] = None; import train_lora, generate, evaluate"
+def test_optional_accelerators_are_not_needed_to_start() -> None:
+    code = "import sys; sys.modules['xformers'] = sys.modules['bitsandbytes'] = None; import train_lora, generate, evaluate"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -23,7 +23,7 @@ inference: false
 # Chest-radiograph LoRA, fold {fold}
 
 Text in, synthetic chest radiograph out. **For research and teaching. Not for diagnosis, screening or any clinical
-decision: no picture it makes shows a patient.**
+decision.**
 
 LoRA adapters on the UNet (rank {rank}) and the text encoder (rank {text_encoder_rank}) of `{base}`, {resolution} px.
 
