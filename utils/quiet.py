@@ -1,12 +1,13 @@
-"""Silence, when imported before them, for what three libraries say of themselves at import and nobody here can use.
+"""Silence, when imported before them, for what four libraries say of themselves and nobody here can use.
 
 transformers names image processors that need torchvision, bitsandbytes a kernel package, xformers the CUDA build it was
-made for; diffusers and peft import all three where they are installed, also on a CPU. Errors still show.
+made for; diffusers and peft import all three where they are installed, also on a CPU. huggingface_hub tells every retry
+at an unreachable hub, of which our own line tells the end. Errors still show.
 """
 
 import logging
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for library in ("bitsandbytes", "xformers"):
+for library in ("bitsandbytes", "huggingface_hub", "xformers"):
     logging.getLogger(library).setLevel(logging.ERROR)
