@@ -21,8 +21,8 @@ LAYERS = {
         "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
         "refusal", "report", "runlog", "seeding", "sources", "sources.folder", "sources.nih",
     },
-    1: {"diffusion", "hardware", "images", "metrics"},
-    2: {"checkpoint", "latents", "lora", "pipeline", "validation"},
+    1: {"diffusion", "distances", "hardware", "images", "metrics"},
+    2: {"checkpoint", "features", "latents", "lora", "pipeline", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
