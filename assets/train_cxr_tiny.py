@@ -63,9 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(
-        True
-    )  # gradients of rare words are denormal, which a CPU takes a hundred times as long for
+    torch.set_flush_denormal(True)  # tiny gradients turn denormal, and a CPU slow
     use_all_cores()
     rows, held_out = read_labels(args.films)
     train_rows = np.flatnonzero(~held_out)
@@ -240,7 +238,8 @@ def replace_group_norms(model: nn.Module) -> None:
 def make_optimizers(modules: list[nn.Module], muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Return Muon (Jordan et al. 2024) for the matrices between layers, kernels among them, and AdamW for the rest.
 
-    Muon reached in 600 steps of the autoencoder what AdamW took 3,500 for. PyTorch's takes matrices only, so a kernel goes in as
+    The autoencoder stood at 31.7 dB on held-out children's films after 1,200 steps with it; that of the first base, trained by AdamW
+    with another loss, at 31.2 dB on adults' after 3,500. PyTorch's takes matrices only, so a kernel goes in as
     a view [out, height x width x in] of its own memory, gradient included: gradients are therefore zeroed, never dropped.
     """
     matrices, others = [], []
