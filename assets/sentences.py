@@ -16,7 +16,7 @@ SEXES = ("none", "female", "male")
 AGES = ("none", "infant", "child", "young adult", "middle-aged", "old")
 PRESENCES = ("not mentioned", "denied", "present")
 
-# Synonyms on the right; "paired" findings have a side
+# What each finding goes by; those that are PAIRED have a side
 PAIRED = {
     "effusion": ("pleural effusion", "effusion", "pleural fluid"),
     "pneumothorax": ("pneumothorax", "collapsed lung with a pleural line"),
@@ -78,6 +78,12 @@ class Reading:
     presences: tuple[int, ...]  # in the order of FINDINGS
     sides: tuple[int, ...]
     zones: tuple[int, ...]
+
+    @property
+    def answers(self) -> list[int]:
+        """All of it in one list: view, sex, age, then presence, side and zone of each finding in turn."""
+        by_finding = zip(self.presences, self.sides, self.zones, strict=True)
+        return [self.view, self.sex, self.age, *(answer for triple in by_finding for answer in triple)]
 
 
 def compose(rng: random.Random) -> tuple[str, Reading]:

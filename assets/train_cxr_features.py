@@ -8,12 +8,10 @@ cxr-tiny never saw is not seen here either; what is measured on them goes into t
 """
 
 import argparse
-import csv
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +20,11 @@ import utils.quiet  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from assets import drawing
+from assets import anatomy, drawing
+from assets.kermany import decode, read_labels
 from utils.distances import auroc, frechet_distance
 from utils.features import (
     FINDING_LABELS,
@@ -42,7 +40,7 @@ from utils.features import (
 from utils.files import sha256_file, write_bytes
 from utils.hardware import has_native_bf16, use_all_cores
 from utils.metrics import bootstrap_interval
-from utils.refusal import ArgumentParser, Refused, run
+from utils.refusal import ArgumentParser, run
 from utils.seeding import derive_seed
 
 DRAWN_SHARE = 0.6  # of a batch
@@ -69,8 +67,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     use_all_cores()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    rows, held_out = read_labels(args.films, args.max_films)
-    films = cached(args.work_dir / f"films-{len(rows)}.npz", lambda: {"films": decode(args.films, rows)})["films"]
+    rows, held_out = read_labels(args.films)
+    if args.max_films:
+        some = np.random.default_rng(args.seed).permutation(len(rows))[: args.max_films]
+        rows, held_out = [rows[i] for i in some], held_out[some]
+    films = decode(args.films, rows, [RESOLUTION])[RESOLUTION]
     plain = plain_films(films, rows)
     parts = [plain.at(np.flatnonzero(chosen)) for chosen in (~held_out, held_out)]
     drawn = [
@@ -121,24 +122,6 @@ class LabelledFilms:
         return LabelledFilms(*map(torch.cat, pairs), np.concatenate([self.patients, other.patients]))
 
 
-def read_labels(folder: Path, max_films: int | None = None) -> tuple[list[dict], np.ndarray]:
-    """Return the rows of `labels.csv` and which of them belong to the held-out fifth of the patients, bool [N].
-
-    The rule is that of `train_cxr_tiny`: neither the encoder nor the base model has seen those patients.
-    """
-    table = folder / "labels.csv"
-    if not table.is_file():
-        raise Refused(f"{table} not found; expected the folder of Kermany et al. 2018 with images/ and labels.csv")
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    patients = sorted({row["patient_id"] for row in rows})
-    random.Random(0).shuffle(patients)
-    held_out = set(patients[: len(patients) // 5])
-    if max_films:
-        rows = random.Random(0).sample(rows, min(max_films, len(rows)))
-    return rows, np.array([row["patient_id"] in held_out for row in rows])
-
-
 def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return arrays from a file, made and written first where it does not exist."""
     if not path.exists():
@@ -148,17 +131,6 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         partial.replace(path)
     with np.load(path) as stored:
         return dict(stored)
-
-
-def decode(folder: Path, rows: list[dict]) -> np.ndarray:
-    """Return every film squashed to a square, uint8 [N, 128, 128]: most were squashed before they were published."""
-
-    def squash(row: dict) -> np.ndarray:
-        grey = Image.open(folder / row["file_name"]).convert("L")
-        return np.asarray(grey.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS))
-
-    with ThreadPoolExecutor(4) as pool:
-        return np.stack(list(tqdm(pool.map(squash, rows), "films", len(rows))))
 
 
 def plain_films(films: np.ndarray, rows: list[dict]) -> LabelledFilms:
@@ -179,7 +151,8 @@ def draw_films(args: argparse.Namespace, plain: LabelledFilms, name: str, varian
 
     Films keep their label: what is drawn is independent of it, and reading one must not depend on the other.
     """
-    key = derive_seed(sha256_file(Path(drawing.__file__)), args.seed, name, variants, len(plain))
+    sources = [sha256_file(Path(module.__file__)) for module in (anatomy, drawing)]
+    key = derive_seed(*sources, args.seed, name, variants, len(plain))
 
     def make() -> dict[str, np.ndarray]:
         seeds = [[derive_seed(args.seed, name, i, j) for j in range(variants)] for i in range(len(plain))]
@@ -198,7 +171,7 @@ def draw_films(args: argparse.Namespace, plain: LabelledFilms, name: str, varian
 
 def draw_variants(film: np.ndarray, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return one film with findings drawn in by each seed, uint8 [V, 128, 128], and which, bool [V, 9]."""
-    lungs, films, findings = drawing.find_lungs(film), [], np.zeros((len(seeds), len(FINDING_LABELS)), dtype=bool)
+    lungs, films, findings = anatomy.find_lungs(film), [], np.zeros((len(seeds), len(FINDING_LABELS)), dtype=bool)
     for variant, seed in enumerate(seeds):
         rng, places, drawn = np.random.default_rng(seed), [], film
         while not places:

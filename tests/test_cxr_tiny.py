@@ -1,4 +1,4 @@
-"""Parts of the recipe of the bundled base: sentences and marks say what is there, whitening changes nothing, Muon steps."""
+"""The recipe of the bundled base: sentences and marks say what is there, whitening changes nothing, Muon steps."""
 
 import random
 
@@ -9,22 +9,27 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
+from assets import train_cxr_tiny
+from assets.kermany import read_labels
+from assets.marks import RESOLUTION, draw_electrode, draw_side_marker, mark
 from assets.sentences import AGES, FINDINGS, NORMAL, PRESENCES, SEXES, SIDES, VIEWS, ZONES, compose
 from assets.train_cxr_tiny import (
-    RESOLUTION,
     as_matrix,
     descend,
-    draw_electrode,
-    draw_side_marker,
     make_optimizers,
     make_tokenizer,
-    mark,
     mean_ssim,
     parse_args,
     replace_group_norms,
+    train_text_encoder,
     whiten,
 )
 from utils.metrics import ssim
+from utils.refusal import Refused
+
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9; only training the base needs it"
+)
 
 
 def films(count: int = 4) -> np.ndarray:
@@ -155,3 +160,42 @@ def test_the_tokenizer_knows_the_words_and_every_other_word_in_pieces(tmp_path):
         tokens = tokenizer(text).input_ids
         assert tokenizer.eos_token_id not in tokens[:-1]
         assert tokenizer.decode(tokens[1:-1]).replace(" ", "") == text
+
+
+@needs_muon
+def test_a_broken_stage_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cxr_tiny, "CHECKPOINT_STEPS", 2)
+    tokenizer = make_tokenizer(parse_args(["--films", "nowhere", "--work_dir", str(tmp_path)]), ["Normal."])
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        flags = ["--films", "nowhere", "--work_dir", str(tmp_path / name), "--text_steps", "5"]
+        text_encoder, _ = train_text_encoder(parse_args(flags), tokenizer)
+        return text_encoder.state_dict()
+
+    unbroken = train("unbroken")
+
+    def break_at_step_three(step: int, total: int) -> float:
+        if step == 3:
+            raise KeyboardInterrupt
+        return cosine(step, total)
+
+    cosine = train_cxr_tiny.cosine
+    monkeypatch.setattr(train_cxr_tiny, "cosine", break_at_step_three)
+    with pytest.raises(KeyboardInterrupt):
+        train("broken")
+    monkeypatch.setattr(train_cxr_tiny, "cosine", cosine)
+    resumed = train("broken")
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert (tmp_path / "broken" / "text-state.pt").is_file()
+
+
+def test_a_fifth_of_the_patients_is_held_out_with_all_films(tmp_path):
+    table = ["file_name,patient_id,label", *(f"{i}.jpg,patient{i % 10},normal" for i in range(40))]
+    (tmp_path / "labels.csv").write_text("\n".join(table))
+    rows, held_out = read_labels(tmp_path)
+    patients = {row["patient_id"] for row, out in zip(rows, held_out, strict=True) if out}
+    assert len(patients) == 2 and held_out.sum() == 8
+    assert not patients & {row["patient_id"] for row, out in zip(rows, held_out, strict=True) if not out}
+    with pytest.raises(Refused, match=r"labels\.csv not found"):
+        read_labels(tmp_path / "elsewhere")

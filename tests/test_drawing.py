@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from assets.anatomy import SIDES, SIZE, Lungs, find_lungs
 from assets.drawing import (
     FINDINGS,
     NORMAL_PHRASES,
     SIDED,
-    SIDES,
-    SIZE,
     ZONED,
     ZONES,
-    Lungs,
     draw,
-    find_lungs,
     phrase,
     virtual_findings,
 )
@@ -56,8 +53,6 @@ def phantom(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> np.ndarray
 
 
 FILMS = [phantom(), phantom(4, 0.92, 1), phantom(-5, 1.04, 2)]
-
-
 LUNGS = [find_lungs(film) for film in FILMS]
 
 

@@ -209,8 +209,8 @@ def load_encoder(folder: Path = BUNDLED_ENCODER) -> FilmEncoder:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise Refused(
-                f"{folder} holds no film encoder: {name} is missing; git restores it, or make it anew with "
-                "python -m assets.train_cxr_features"
+                f"{folder} holds no film encoder: {name} is missing; make it with "
+                "python -m assets.train_cxr_features --films FOLDER"
             )
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
