@@ -46,7 +46,7 @@ from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import adamw_8bit, choose_mixed_precision, use_all_cores, warn_about_xformers, xformers_problem
 from utils.hub import push
 from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
-from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
+from utils.lora import UNET_TARGETS, WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
 from utils.metadata import dataset_hash, read_metadata
 from utils.pipeline import (
     BUNDLED_BASE,
@@ -67,8 +67,8 @@ from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score
 
 # What a run takes where the command line is silent
 RECIPES = {
-    "cxr-tiny": dict(max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3),
-    "stable-diffusion": dict(max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5),
+    "cxr-tiny": dict(max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3, lora_targets="convolutions"),
+    "stable-diffusion": dict(max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention"),
 }
 SAMPLE_PROMPTS = (
     "PA chest radiograph of a 60-year-old man. No acute finding.",
@@ -117,6 +117,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("adapters").add_argument
     add("--rank", type=int, default=16, help="rank of the UNet's adapter [16]")
     add("--lora_alpha", type=float, help="the update is scaled by alpha / rank [the rank]")
+    add(
+        "--lora_targets",
+        choices=list(UNET_TARGETS),
+        help="layers of the UNet that adapt, each preset with those before [convolutions for the bundled base, else attention]",
+    )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
 
     add = parser.add_argument_group("objective").add_argument
@@ -399,9 +404,9 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     empty_ids = tokenize(tokenizer, [""]).to(device)  # [1, L]
 
-    # Adapters in fp32 on the attention of the base, whose UNet is cast to the precision of the arithmetic
+    # Adapters in fp32 on layers of the base, whose UNet is cast to the precision of the arithmetic
     unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
-    unet_parameters = add_lora(unet, args.rank, args.lora_alpha, derive_seed(args.seed, "unet"))
+    unet_parameters = add_lora(unet, args.rank, args.lora_alpha, derive_seed(args.seed, "unet"), args.lora_targets)
     text_encoder_parameters = add_lora(
         text_encoder, args.text_encoder_rank, args.lora_alpha * args.text_encoder_rank / args.rank,
         derive_seed(args.seed, "text_encoder"),

@@ -10,15 +10,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from utils.images import load_film
-from utils.lora import WEIGHTS_NAME, adapter_state, add_lora, find_adapter, read_adapter, save_adapter
+from utils.lora import UNET_TARGETS, WEIGHTS_NAME, adapter_state, add_lora, find_adapter, read_adapter, save_adapter
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
 from utils.refusal import Refused
 
 
-def trained(tiny_base: Path, rank: int = 4, alpha: float = 4.0):
+def trained(tiny_base: Path, rank: int = 4, alpha: float = 4.0, targets: str = "attention"):
     """A base with adapters that do something: B is no longer zero."""
     base = load_base(str(tiny_base))
-    parameters = add_lora(base.unet, rank, alpha, seed=1) + add_lora(base.text_encoder, rank, alpha, seed=2)
+    parameters = add_lora(base.unet, rank, alpha, 1, targets) + add_lora(base.text_encoder, rank, alpha, seed=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:
@@ -49,6 +49,31 @@ def test_adapters_start_as_the_base_and_depend_on_the_seed_alone(tiny_base: Path
     other = load_base(str(tiny_base))
     add_lora(other.unet, 4, 4, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), other.unet.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("targets", UNET_TARGETS)
+def test_every_preset_of_layers_survives_its_file(tiny_base: Path, tmp_path: Path, targets: str) -> None:
+    base = trained(tiny_base, targets=targets)
+    save_adapter(tmp_path / WEIGHTS_NAME, adapter_state(base.unet, base.text_encoder), {})
+    state, _ = read_adapter(tmp_path / WEIGHTS_NAME)
+    pipeline = assemble(load_base(str(tiny_base)))
+    put_on_adapter(pipeline, state)
+    film = generated(assemble(base))
+    assert torch.equal(generated(pipeline), film)
+    assert not torch.equal(film, generated(assemble(load_base(str(tiny_base)))))
+
+
+def test_presets_grow_to_every_layer_but_the_first_and_last(tiny_base: Path) -> None:
+    adapted = {}
+    for targets in UNET_TARGETS:
+        unet = load_base(str(tiny_base)).unet
+        add_lora(unet, 2, 2, 0, targets)
+        adapted[targets] = {name.partition(".lora_")[0] for name, p in unet.named_parameters() if p.requires_grad}
+    assert adapted["attention"] < adapted["feed_forward"] < adapted["convolutions"]
+    weights = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)}
+    layers = {name.removesuffix(".base_layer") for name in weights if ".lora_" not in name}
+    left_out = layers - adapted["convolutions"]
+    assert {name for name in left_out if "time" not in name} == {"conv_in", "conv_out"}
 
 
 def test_rank_zero_freezes(tiny_base: Path) -> None:

@@ -18,18 +18,26 @@ from utils.refusal import Refused
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "chest_radiograph_lora"
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+# Each preset adds to the one before it
+UNET_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
+UNET_TARGETS["feed_forward"] = [*UNET_TARGETS["attention"], "ff.net.0.proj", "ff.net.2"]
+UNET_TARGETS["convolutions"] = [
+    *UNET_TARGETS["feed_forward"], "conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"
+]  # fmt: skip
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def add_lora(model: UNet2DConditionModel | CLIPTextModel, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Freeze a model and put an adapter on its attention, W + alpha / rank * B A, with B = 0 and A ~ N(0, 1 / rank^2).
+def add_lora(
+    model: UNet2DConditionModel | CLIPTextModel, rank: int, alpha: float, seed: int, targets: str = "attention"
+) -> list[nn.Parameter]:
+    """Freeze a model and put adapters on its layers, W + alpha / rank * B A, with B = 0 and A ~ N(0, 1 / rank^2).
 
     Args:
         model: UNet or text encoder; adapters are fp32 whatever its own type, as bf16 loses most of Adam's small steps.
         rank: columns of B. 0 freezes the model and adds nothing.
         alpha: the update is scaled by alpha / rank.
         seed: of A.
+        targets: which layers of a UNet: a key of UNET_TARGETS. Of a text encoder it is always the attention.
 
     Returns:
         The trainable parameters, a list: an iterator would be empty by the time gradients are clipped.
@@ -37,10 +45,10 @@ def add_lora(model: UNet2DConditionModel | CLIPTextModel, rank: int, alpha: floa
     model.requires_grad_(False)
     if rank == 0:
         return []
-    targets = UNET_TARGETS if isinstance(model, UNet2DConditionModel) else TEXT_ENCODER_TARGETS
+    layers = UNET_TARGETS[targets] if isinstance(model, UNet2DConditionModel) else TEXT_ENCODER_TARGETS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers))
     cast_training_params(model, dtype=torch.float32)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
