@@ -8,6 +8,7 @@ Of one fold:
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
+    findings.png         for sets with drawn findings: prompted findings as drawn, by the base, by the adapter
     noise_levels.png     what the adapter gained over the base, by noise level
     report.html          all of it on one page
 
@@ -32,19 +33,32 @@ import utils.quiet  # noqa: F401
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from utils.features import extract, load_encoder
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
+from utils.findings import calibrate, choose_prompts, follow_rates, reader_rates, shown_labels, single_findings
 from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import choose_mixed_precision, use_all_cores
-from utils.latents import cache_posteriors, is_cached, mean_film
+from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, mse, psnr, ssim
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, tokenize
 from utils.refusal import ArgumentParser, Refused, run
-from utils.report import contact_sheet, draw_noise_levels, html_page, html_table, save_png
+from utils.report import (
+    contact_sheet,
+    draw_noise_levels,
+    followed_table,
+    headline_table,
+    html_page,
+    html_picture,
+    html_table,
+    save_png,
+)
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
 from utils.validation import (
@@ -65,6 +79,11 @@ FREE_SAMPLES_NOTE = (
     "Not a measure of quality: a caption does not determine a film. Read it beside the random pair (two real films of "
     "different patients) and the mean training film, which beats honest samples because it is blurred."
 )
+FOLLOWED_NOTE = (
+    "Followed: an encoder that saw neither these films nor this adapter reads the prompted finding, on the prompted side, in "
+    "a generated film. Chance: it reads the finding in films prompted with another one. Ceiling: it reads it in a film "
+    "that shows it. Intervals are of 95 %, by bootstrap over captions."
+)
 SHOWN = 6  # films in films.png
 
 
@@ -74,6 +93,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")
     add("--cross_validation", type=Path, metavar="OUT", help="folder of evaluated runs fold<k>: one table of them all")
+    add(
+        "--num_prompted",
+        type=int,
+        default=216,
+        help="films read for the finding they were prompted with; 0: none [216]",
+    )
     add("--max_films", type=int, default=512, help="measure at most so many held-out films, drawn by --seed [512]")
     add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
 
@@ -101,6 +126,8 @@ def main(args: argparse.Namespace) -> None:
     for name in ("max_films", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
+    if args.num_prompted < 0:
+        raise Refused(f"--num_prompted {args.num_prompted}; expected 0 or more")
     if args.lora is not None:
         evaluate_fold(args)
     else:
@@ -146,7 +173,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     resolution, interpolation = config["resolution"], settings["image_interpolation_mode"]
     # The cache of all films, which training has filled; without it the held-out films alone
     caching = dict(vae=vae, cache_dir=Path(cache_dir or "cache"), resolution=resolution, interpolation=interpolation)
-    cached_rows = rows if is_cached(data_dir, rows, **caching) else held_out_rows
+    reads_findings = args.num_prompted > 0 and all(row.get("boxes") is not None for row in rows)
+    cached_rows = rows if reads_findings or is_cached(data_dir, rows, **caching) else held_out_rows
     posteriors = cache_posteriors(data_dir, cached_rows, **caching, batch_size=args.batch_size, owner=str(output_dir))
     place = {row["file_name"]: i for i, row in enumerate(cached_rows)}
     captions = [row["text"] for row in held_out_rows]
@@ -174,6 +202,13 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             args.guidance_scale, args.batch_size,
         )  # fmt: skip
         generated = torch.stack(list(tqdm(films, total=len(bank), desc="generating", unit="film")))
+
+        # Are prompts followed? Only a table that says what is where can tell
+        if reads_findings:
+            all_films = load_films(FilmDataset(data_dir, rows, resolution, interpolation))
+            means = torch.from_numpy(posteriors.mean[:]).to(device).split(args.batch_size)
+            round_trip = torch.cat([decode(vae, mean * vae.config.scaling_factor) for mean in means])
+            followed, findings_sheet = follow_prompts(args, pipeline, rows, config["fold"], all_films, round_trip)
     others = bank.films[other_patients(bank.patients, args.seed)]
     candidates_of = {"generated": generated, "random_pair": others, "mean_film": mean.expand_as(bank.films)}
     for kind, candidates in candidates_of.items():
@@ -196,6 +231,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
         "versions": package_versions(),
     } | summarise(scores, bank.patients, noise_levels(noise_scheduler), args.seed)
+    if reads_findings:
+        metrics["prompt_followed"] = followed
     write_jsonl(
         output_dir / "films.jsonl",
         (
@@ -214,15 +251,77 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     note = "The first column shows real patients and the rebuilt films resemble them: not to be shared."
     save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
-    table = headline_table(metrics)
+    tables = [headline_table(metrics)]
+    parts = [html_table(*tables[0]), f"<p>{FREE_SAMPLES_NOTE}</p>", html_picture(output_dir / "noise_levels.png")]
+    if reads_findings:
+        save_png(output_dir / "findings.png", findings_sheet)
+        tables.insert(0, followed_table(metrics))
+        parts = [
+            html_picture(output_dir / "findings.png"), html_table(*tables[0]), f"<p>{FOLLOWED_NOTE}</p>", *parts
+        ]  # fmt: skip
     page = html_page(
         f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients",
-        [html_table(*table), f"<p>{FREE_SAMPLES_NOTE}</p>", '<img src="noise_levels.png">', '<img src="films.png">'],
+        [*parts, html_picture(output_dir / "films.png")],
     )
     write_bytes(output_dir / "report.html", page.encode())
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
-    print_table(*table)
+    for table in tables:
+        print_table(*table)
+        print()
     print(f"look at {output_dir / 'report.html'}")
+
+
+def follow_prompts(
+    args: argparse.Namespace,
+    pipeline: StableDiffusionPipeline,
+    rows: Sequence[dict],
+    held_out_fold: int,
+    films: Tensor,
+    round_trip: Tensor,
+) -> tuple[dict, Image.Image]:
+    """Generate films from held-out captions of one finding, with the base and with the adapter, and read them.
+
+    Args:
+        args: the command line.
+        pipeline: with the adapter on.
+        rows: the whole table, with boxes.
+        held_out_fold: whose captions are prompts.
+        films, round_trip: of all rows, as they are and after the autoencoder, uint8 [N, H, W].
+
+    Returns:
+        The part of `metrics.json`, and a picture: a row a finding and side, as drawn, by the base, by the adapter.
+    """
+    encoder = load_encoder().to(pipeline.device)
+    folds = [row["fold"] for row in rows]
+    rates = {
+        "reader": reader_rates(extract(encoder, films), rows, folds, args.seed),
+        "reader_after_round_trip": reader_rates(extract(encoder, round_trip), rows, folds, args.seed),
+    }
+    training = [i for i, fold in enumerate(folds) if fold != held_out_fold]
+    read = extract(encoder, round_trip[training])  # generated films leave the autoencoder, too
+    thresholds = calibrate(read, [shown_labels(rows[i]) for i in training])
+    candidates = [prompt for prompt in single_findings(rows) if folds[prompt.row] == held_out_fold]
+    prompts = choose_prompts(candidates, args.num_prompted)
+    seeds = [args.seed + i for i in range(len(prompts))]
+    generated = {}
+    for model in ("base", "adapter"):
+        pipeline.disable_lora() if model == "base" else pipeline.enable_lora()
+        drawn = sample(
+            pipeline, [prompt.caption for prompt in prompts], seeds, films.shape[1], args.num_inference_steps,
+            args.guidance_scale, args.batch_size,
+        )  # fmt: skip
+        generated[model] = torch.stack(list(tqdm(drawn, f"prompted, {model}", len(prompts), unit="film")))
+        rates[model] = follow_rates(extract(encoder, generated[model]), prompts, thresholds, args.seed)
+
+    labels = [prompt.label for prompt in prompts]
+    sheet = []
+    for label in sorted(set(labels)):
+        first = [i for i, other in enumerate(labels) if other == label][:3]
+        columns = [films[prompts[first[0]].row], *generated["base"][first], *generated["adapter"][first]]
+        sheet.append([film.numpy() for film in columns])
+    heads = ["real film", *("base", "", ""), *("adapter", "", "")]
+    note = f"Prompts name the row's finding, seeds {args.seed} on; base and adapter start from the same noise. Not for diagnosis."
+    return {"thresholds": thresholds, **rates}, contact_sheet(sheet, sorted(set(labels)), heads, note)
 
 
 def read_config(run_dir: Path) -> dict:
@@ -304,43 +403,6 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
 def gain_of(name: str, adapter, base):
     """Return what the adapter gained over the base, positive where it is better: more SSIM and PSNR, less error."""
     return base - adapter if name.startswith("mse") else adapter - base
-
-
-def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of what a reader wants first."""
-
-    def show(stat: dict | None, digits: int) -> str:
-        if stat is None:
-            return ""
-        interval = stat.get("interval")
-        between = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
-        return f"{stat['mean']:.{digits}f}{between}"
-
-    rows = []
-    for strength, by_metric in metrics["rebuilt"].items():
-        for name, digits in (("ssim", 4), ("psnr", 2)):
-            figures, bounds = by_metric[name], metrics["bounds"][name]
-            title = f"rebuilt from {strength}: {name.upper()}{', dB' if name == 'psnr' else ''}"
-            parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
-            rows.append([title, *(show(part, digits) for part in parts)])
-    for level, figures in metrics["noise_prediction_mse"].items():
-        parts = figures["adapter"], figures["base"], figures["gain"]
-        rows.append([f"noise prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
-    for name, digits in (("ssim", 4), ("psnr", 2), ("mse", 4)):
-        figures = metrics["free_samples"][name]
-        rows.append([
-            f"free sample against its real partner: {name.upper()}", show(figures["generated"], digits),
-            f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
-        ])  # fmt: skip
-    heads = [
-        "",
-        "adapter",
-        "base without LoRA",
-        "gain, paired by film (positive is better)",
-        "floor: mean film",
-        "ceiling: autoencoder",
-    ]
-    return heads, rows
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

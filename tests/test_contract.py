@@ -19,10 +19,10 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetri
 LAYERS = {
     0: {
         "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
-        "refusal", "report", "runlog", "seeding", "sources", "sources.folder", "sources.nih",
+        "refusal", "report", "runlog", "seeding", "sources", "sources.demo", "sources.folder", "sources.nih",
     },
     1: {"diffusion", "distances", "hardware", "images", "metrics"},
-    2: {"checkpoint", "features", "latents", "lora", "pipeline", "validation"},
+    2: {"checkpoint", "features", "findings", "latents", "lora", "pipeline", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
@@ -100,7 +100,7 @@ def test_help_teaches(script: str, capsys: pytest.CaptureFixture) -> None:
 
 BAD_INPUT = [
     ("download", ["--source", "nih", "--mirror", "/nowhere"]),
-    ("download", []),
+    ("download", ["--source", "elsewhere"]),
     ("train_lora", ["--train_data_dir", "/nowhere"]),
     ("train_lora", ["--rank", "many"]),
     ("generate", ["--prompt", "x", "--lora", "/nowhere"]),

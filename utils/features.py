@@ -157,6 +157,10 @@ class Extracted:
         """Return the probability of one of FINDING_LABELS, [N]."""
         return self.finding_probabilities[:, FINDING_LABELS.index(name)]
 
+    def at(self, places: Tensor) -> "Extracted":
+        """Return what was read in some of the films, by their places or by a mask."""
+        return Extracted(*(tensor[places] for tensor in vars(self).values()))
+
 
 def extract(encoder: FilmEncoder, films: Tensor, batch_size: int = 64) -> Extracted:
     """Read films in fp32, a batch at a time and in evaluation mode.

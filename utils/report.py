@@ -1,5 +1,6 @@
 """Pictures of a run: contact sheets of films, curves of training. No torch."""
 
+import base64
 import html
 import io
 import textwrap
@@ -148,11 +149,79 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what a reader wants first."""
+
+    def show(stat: dict | None, digits: int) -> str:
+        if stat is None:
+            return ""
+        interval = stat.get("interval")
+        between = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+        return f"{stat['mean']:.{digits}f}{between}"
+
+    rows = []
+    for strength, by_metric in metrics["rebuilt"].items():
+        for name, digits in (("ssim", 4), ("psnr", 2)):
+            figures, bounds = by_metric[name], metrics["bounds"][name]
+            title = f"rebuilt from {strength}: {name.upper()}{', dB' if name == 'psnr' else ''}"
+            parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
+            rows.append([title, *(show(part, digits) for part in parts)])
+    for level, figures in metrics["noise_prediction_mse"].items():
+        parts = figures["adapter"], figures["base"], figures["gain"]
+        rows.append([f"noise prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
+    for name, digits in (("ssim", 4), ("psnr", 2), ("mse", 4)):
+        figures = metrics["free_samples"][name]
+        rows.append([
+            f"free sample against its real partner: {name.upper()}", show(figures["generated"], digits),
+            f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
+        ])  # fmt: skip
+    heads = [
+        "",
+        "adapter",
+        "base without LoRA",
+        "gain, paired by film (positive is better)",
+        "floor: mean film",
+        "ceiling: autoencoder",
+    ]
+    return heads, rows
+
+
+def followed_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of how often prompts are followed, by finding; `metrics` as in `metrics.json`."""
+
+    def show(rates: dict | None) -> str:
+        if rates is None:
+            return ""
+        between = " [{:.2f}, {:.2f}]".format(*rates["interval"]) if rates["interval"] else ""
+        return f"{rates['followed']:.2f}{between}"
+
+    part = metrics["prompt_followed"]
+    rows = []
+    for finding, adapter in part["adapter"].items():
+        base, reader, ceiling = (part[name].get(finding) for name in ("base", "reader", "reader_after_round_trip"))
+        share = f"{adapter['followed'] / ceiling['followed']:.0%}" if ceiling and ceiling["followed"] else ""
+        rows.append([
+            finding, str(adapter["films"]), show(base), f"{base['chance']:.2f}", show(adapter), f"{adapter['chance']:.2f}",
+            share, show(ceiling), show(reader), str(ceiling["films"]) if ceiling else "",
+        ])  # fmt: skip
+    heads = [
+        "prompted finding and side", "generated films", "followed: base without LoRA", "its chance",
+        "followed: adapter", "its chance", "adapter, of the ceiling", "ceiling: real films after the autoencoder",
+        "real films as they are", "real films",
+    ]  # fmt: skip
+    return heads, rows
+
+
 def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as HTML; every cell is text, not markup."""
     cells = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
     cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(cells) + "</table>"
+
+
+def html_picture(path: Path) -> str:
+    """Return a PNG file as an HTML element that holds it, so that a page can be sent as one file."""
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:
