@@ -124,6 +124,18 @@ def test_more_training_than_held_out_films_are_no_memorisation() -> None:
     assert answer.probability < 0.65
 
 
+def test_more_patients_among_the_training_films_are_no_memorisation() -> None:
+    """As many films of ten times as many patients lie closer to anything, without a model having seen any."""
+    train, few = features(1, 2000), features(2, 200)
+    held_out = few.repeat_interleave(10, dim=0) + 0.01 * features(3, 2000)
+    patients = np.arange(200).repeat(10)
+    unaware = memorisation(features(0, 2000), train, held_out, seed=1)
+    aware = memorisation(features(0, 2000), train, held_out, 1, np.arange(2000), patients)
+    assert unaware.probability > 0.75
+    assert aware.probability == pytest.approx(0.5, abs=0.06)
+    assert aware.num_references == 200
+
+
 def test_memorisation_without_films_is_refused() -> None:
     with pytest.raises(Refused, match="no generated"):
         memorisation(features(0, 3)[:0], features(1, 3), features(2, 3), seed=0)

@@ -121,20 +121,34 @@ class Memorisation:
         return list(zip(order.tolist(), self.nearest[order].tolist(), strict=True))
 
 
-def memorisation(generated: Tensor, train: Tensor, held_out: Tensor, seed: int) -> Memorisation:
+def memorisation(
+    generated: Tensor,
+    train: Tensor,
+    held_out: Tensor,
+    seed: int,
+    train_patients: Sequence[str] | None = None,
+    held_out_patients: Sequence[str] | None = None,
+) -> Memorisation:
     """Compare the distances of generated films to training films and to held-out films.
 
-    The larger of the two sets is cut to the size of the smaller by chance: the nearest of more films is nearer.
+    As many of each are asked, by chance, one film a patient: the nearest of more films is nearer, and so is the nearest
+    of as many films of more patients.
 
     Args:
         generated, train, held_out: features, [N, D] each with its own N.
         seed: of that choice and of the bootstrap.
+        train_patients, held_out_patients: whose film it is, [N]; without them every film is its own patient.
     """
     if not min(len(generated), len(train), len(held_out)):
         raise Refused("no generated, training or held-out film: memorisation cannot be asked about")
-    size = min(len(train), len(held_out))
     chance = np.random.default_rng(seed)
-    kept = [torch.from_numpy(np.sort(chance.choice(len(films), size, replace=False))) for films in (train, held_out)]
+    orders = [chance.permutation(len(films)) for films in (train, held_out)]
+    firsts = [
+        order if patients is None else order[np.unique(np.asarray(patients)[order], return_index=True)[1]]
+        for order, patients in zip(orders, (train_patients, held_out_patients), strict=True)
+    ]
+    size = min(map(len, firsts))
+    kept = [torch.from_numpy(np.sort(chance.permutation(first)[:size])) for first in firsts]
     to_train, _ = nearest_neighbours(generated, train[kept[0]])
     to_held_out, _ = nearest_neighbours(generated, held_out[kept[1]])
     nearer = ((to_train < to_held_out).double() + 0.5 * (to_train == to_held_out).double()).tolist()
