@@ -88,6 +88,34 @@ def test_evaluation_repeats_to_the_byte(runs: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (runs / "fold0" / "evaluation" / path.name).read_bytes(), path.name
 
 
+def test_prompts_are_asked_whether_they_are_followed_where_the_table_has_boxes(
+    tiny_base: Path, own_data: Path, tmp_path: Path
+) -> None:
+    """Of a base and an adapter that draw noise only the form can be checked: counts, bounds, calibration, pages."""
+    rows = [json.loads(line) for line in (own_data / "metadata.jsonl").open()]
+    for i, row in enumerate(rows):
+        side = ("left", "right")[i // 2 % 2]
+        row["boxes"] = [{"finding": "mass", "side": side, "box": [0, 0, 1, 1]}] if row["findings"] else []
+    (own_data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(tiny_base, own_data, tmp_path / "fold0", "--max_train_steps", "2")
+    measure(
+        "--lora", tmp_path / "fold0", "--num_inference_steps", "2", "--mixed_precision", "no", "--num_prompted", "7"
+    )
+    folder = tmp_path / "fold0" / "evaluation"
+    followed = json.loads((folder / "metrics.json").read_text())["prompt_followed"]
+    for model in ("base", "adapter"):
+        assert followed[model]["mass"]["films"] == 8, "as many of each side"
+    films_that_show_it = sum(bool(row["boxes"]) for row in rows)
+    assert (
+        followed["reader"]["mass"]["films"]
+        == followed["reader_after_round_trip"]["mass"]["films"]
+        == films_that_show_it
+    )
+    assert set(followed["thresholds"]) == {"left nodule or mass", "right nodule or mass"}
+    report = (folder / "report.html").read_text()
+    assert '<img alt="findings"' in report and "prompted finding and side" in report
+
+
 def test_random_pairs_are_of_different_patients() -> None:
     patients = ["a", "a", "b", "c", "c", "c"]
     pairs = evaluate.other_patients(patients, seed=0)

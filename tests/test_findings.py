@@ -1,5 +1,7 @@
 """Reading prompted findings: thresholds, sides, chance. Hermetic, with readings made up."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from utils.findings import (
     calibrate,
     choose_prompts,
     follow_rates,
+    has_readable_boxes,
     other_side,
     reader_rates,
     shown_labels,
@@ -49,6 +52,15 @@ def test_thresholds_separate_best_and_are_shared_by_the_sides() -> None:
     assert thresholds[LEFT] == thresholds[RIGHT] == pytest.approx(0.25)
     assert thresholds["cardiomegaly"] == pytest.approx(0.9)
     assert "left pacemaker" not in thresholds, "no film shows one"
+    useless = calibrate(reading({LEFT: 0.2}, {LEFT: 0.3}), [{LEFT}, set()])
+    assert all(map(math.isfinite, useless.values())), "no better than chance, yet a number that JSON can hold"
+
+
+def test_only_boxes_that_the_encoder_can_read_are_read() -> None:
+    assert has_readable_boxes(row("a", ("nodule", "left"))) and has_readable_boxes(row("normal"))
+    for boxes in (None, "[]", [[0, 0, 10, 10]], [{"finding": "nodule"}], [{"finding": "fracture", "side": "left"}]):
+        assert not has_readable_boxes({"text": "a", "boxes": boxes})
+    assert not has_readable_boxes({"text": "a"})
 
 
 def test_prompts_name_one_finding_and_are_shared_out_evenly() -> None:
@@ -74,14 +86,18 @@ def test_chance_is_what_is_read_unasked() -> None:
 
     prompts = [prompt(LEFT), prompt(LEFT), prompt(RIGHT), prompt("cardiomegaly")]
     read = reading({LEFT: 0.9}, {}, {LEFT: 0.9}, {RIGHT: 0.9, "cardiomegaly": 0.9})
-    rates = follow_rates(read, prompts, dict.fromkeys(FINDING_LABELS, 0.5), seed=0)
+    rates = follow_rates(read, prompts, dict.fromkeys(FINDING_LABELS, 0.5))
     effusion = rates["pleural effusion"]
     assert effusion["films"] == 3
     assert effusion["followed"] == pytest.approx(1 / 3)
     # Left is read in one of the two films not asked for it, right in one of the three
     assert effusion["chance"] == pytest.approx(2 / 5)
     assert effusion["interval"][0] <= effusion["followed"] <= effusion["interval"][1]
-    assert rates["cardiomegaly"] == {"films": 1, "followed": 1.0, "interval": None, "chance": 0.0}
+    low, high = rates["cardiomegaly"].pop("interval")
+    assert rates["cardiomegaly"] == {"films": 1, "followed": 1.0, "chance": 0.0}
+    assert low == pytest.approx(1 / (1 + 1.96**2), abs=1e-3) and high == 1, "one film says little"
+    alone = follow_rates(read.at(torch.tensor([0, 1])), prompts[:2], dict.fromkeys(FINDING_LABELS, 0.5))
+    assert alone["pleural effusion"]["chance"] is None, "no film was asked for anything else"
 
 
 def test_the_reader_is_calibrated_on_other_folds_than_it_is_tried_on() -> None:
@@ -90,6 +106,6 @@ def test_the_reader_is_calibrated_on_other_folds_than_it_is_tried_on() -> None:
     folds = [0] * 4 + [1] * 4
     levels = [0.5, 0.8, 0.5, 0.9, 0.2, 0.4, 0.2, 0.45]
     read = reading(*({"cardiomegaly": level} for level in levels))
-    rates = reader_rates(read, rows, folds, seed=0)
+    rates = reader_rates(read, rows, folds)
     assert rates["cardiomegaly"]["films"] == 4
     assert rates["cardiomegaly"]["followed"] == 0.5, "fold 0 by fold 1's threshold, 0.4; fold 1 by fold 0's, 0.8"

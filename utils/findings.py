@@ -1,8 +1,9 @@
 """Is the prompted finding in the film, and on the prompted side? Read from films alone, by the bundled encoder.
 
 For sets whose table has a column `boxes` (the demo set, whose findings were drawn in): thresholds are calibrated on
-real films of the table, the reader's own hit rate on others of them is the ceiling, and the share of films that show
-a finding though they were prompted with another one is chance.
+films of the table, the reader's own hit rate on others of them is the ceiling, and the share of films that show
+a finding though they were prompted with another one is chance. Nodules and masses are read under one label, and zones
+are not read.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from utils.features import FINDING_LABELS, Extracted, finding_label
-from utils.metrics import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Prompt:
     finding: str
     label: str
     row: int
+
+
+def has_readable_boxes(row: dict) -> bool:
+    """Return whether a row of the table says what the film shows in terms that the encoder reads."""
+    boxes = row.get("boxes")
+    return isinstance(boxes, list) and all(
+        isinstance(box, dict)
+        and {"finding", "side"} <= set(box)
+        and finding_label(box["finding"], box["side"]) in FINDING_LABELS
+        for box in boxes
+    )
 
 
 def shown_labels(row: dict) -> set[str]:
@@ -77,8 +89,8 @@ def calibrate(read: Extracted, shown: Sequence[set[str]]) -> dict[str, float]:
         if there.all() or not there.any():
             continue
         false_alarms, hits, levels = roc_curve(there, torch.cat([read.finding(side) for side in sides]).numpy())
-        best = int((hits - false_alarms).argmax())
-        thresholds[label] = float(levels[best])
+        best = int((hits - false_alarms)[1:].argmax())  # roc_curve starts at an infinite level, where nothing is there
+        thresholds[label] = float(levels[1:][best])
     return thresholds
 
 
@@ -102,20 +114,18 @@ def shows(read: Extracted, label: str, thresholds: dict[str, float]) -> Tensor:
     return found if opposite is None else found & (read.finding(label) > read.finding(opposite))
 
 
-def follow_rates(
-    read: Extracted, prompts: Sequence[Prompt], thresholds: dict[str, float], seed: int
-) -> dict[str, dict]:
+def follow_rates(read: Extracted, prompts: Sequence[Prompt], thresholds: dict[str, float]) -> dict[str, dict]:
     """Return how many films show what they were prompted with, and how many show it unasked.
 
     Args:
         read: of N films.
         prompts: of each film, [N].
         thresholds: from `calibrate`.
-        seed: of the bootstrap, over captions.
 
     Returns:
-        By finding: `films`, `followed` and its 95 % `interval`, and `chance`, the share of films prompted with
-        another finding, or with this one on the other side, that show it all the same.
+        By finding: `films`, `followed` and its 95 % `interval` (Wilson 1927, over films), and `chance`, the share of
+        films prompted with another finding, or with this one on the other side, that show it all the same; None
+        where there is no such film.
     """
     rates = {}
     labels = np.array([prompt.label for prompt in prompts])
@@ -126,17 +136,17 @@ def follow_rates(
             continue
         hits = [float(found[prompts[i].label][i]) for i in mine]
         unasked = [found[label][labels != label] for label in sorted({prompts[i].label for i in mine})]
-        low, high = bootstrap_interval(hits, [prompts[i].caption for i in mine], seed)
+        interval = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
         rates[finding] = {
             "films": len(mine),
             "followed": float(np.mean(hits)),
-            "interval": None if np.isnan(low) else [low, high],
+            "interval": [float(interval.low), float(interval.high)],
             "chance": float(np.mean(np.concatenate(unasked))) if sum(map(len, unasked)) else None,
         }
     return rates
 
 
-def reader_rates(read: Extracted, rows: Sequence[dict], folds: Sequence[int], seed: int) -> dict[str, dict]:
+def reader_rates(read: Extracted, rows: Sequence[dict], folds: Sequence[int]) -> dict[str, dict]:
     """Return how often the reader finds what the table's own films show: no film can follow its prompt more often.
 
     Thresholds for the films of a fold are calibrated on the other folds.
@@ -145,7 +155,6 @@ def reader_rates(read: Extracted, rows: Sequence[dict], folds: Sequence[int], se
         read: of the table's films, [N].
         rows: of the table, [N].
         folds: of each film, [N].
-        seed: of the bootstrap.
 
     Returns:
         As `follow_rates`, over films with exactly one finding.
@@ -161,4 +170,4 @@ def reader_rates(read: Extracted, rows: Sequence[dict], folds: Sequence[int], se
     prompts = single_findings(rows)
     places = torch.tensor([prompt.row for prompt in prompts])
     decisions = replace(read, finding_probabilities=decided).at(places)
-    return follow_rates(decisions, prompts, dict.fromkeys(FINDING_LABELS, 0.5), seed)
+    return follow_rates(decisions, prompts, dict.fromkeys(FINDING_LABELS, 0.5))

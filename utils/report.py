@@ -192,8 +192,10 @@ def followed_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     def show(rates: dict | None) -> str:
         if rates is None:
             return ""
-        between = " [{:.2f}, {:.2f}]".format(*rates["interval"]) if rates["interval"] else ""
-        return f"{rates['followed']:.2f}{between}"
+        return "{:.2f} [{:.2f}, {:.2f}]".format(rates["followed"], *rates["interval"])
+
+    def chance(rates: dict | None) -> str:
+        return "" if rates is None or rates["chance"] is None else f"{rates['chance']:.2f}"
 
     part = metrics["prompt_followed"]
     rows = []
@@ -201,13 +203,13 @@ def followed_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
         base, reader, ceiling = (part[name].get(finding) for name in ("base", "reader", "reader_after_round_trip"))
         share = f"{adapter['followed'] / ceiling['followed']:.0%}" if ceiling and ceiling["followed"] else ""
         rows.append([
-            finding, str(adapter["films"]), show(base), f"{base['chance']:.2f}", show(adapter), f"{adapter['chance']:.2f}",
+            finding, str(adapter["films"]), show(base), chance(base), show(adapter), chance(adapter),
             share, show(ceiling), show(reader), str(ceiling["films"]) if ceiling else "",
         ])  # fmt: skip
     heads = [
         "prompted finding and side", "generated films", "followed: base without LoRA", "its chance",
-        "followed: adapter", "its chance", "adapter, of the ceiling", "ceiling: real films after the autoencoder",
-        "real films as they are", "real films",
+        "followed: adapter", "its chance", "adapter, of the ceiling", "ceiling: films of the set after the autoencoder",
+        "films of the set as they are", "films of the set",
     ]  # fmt: skip
     return heads, rows
 
