@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
 from assets import train_cxr_tiny
 from assets.kermany import read_labels
-from assets.marks import RESOLUTION, draw_electrode, draw_side_marker, mark
+from assets.marks import DRAW, RESOLUTION, draw_collimation, draw_grid_cutoff, draw_tilt, mark
 from assets.sentences import AGES, FINDINGS, NORMAL, PRESENCES, SEXES, SIDES, VIEWS, ZONES, compose
 from assets.train_cxr_tiny import (
     as_matrix,
@@ -25,6 +25,7 @@ from assets.train_cxr_tiny import (
     whiten,
 )
 from utils.metrics import ssim
+from utils.pipeline import BUNDLED_BASE, ROOT
 from utils.refusal import Refused
 
 needs_muon = pytest.mark.skipif(
@@ -54,19 +55,37 @@ def test_a_reading_says_what_its_sentence_says():
             assert not any(normal in text for normal in NORMAL)
 
 
-def test_marks_lie_where_their_sentence_says():
+@pytest.mark.parametrize("kind", ["braid", "zip", "cable", "pin", "side marker"])
+def test_what_lies_on_a_film_lies_where_its_sentence_says(kind):
     blank = Image.fromarray(np.full((RESOLUTION, RESOLUTION), 90, dtype=np.uint8))
     rng = random.Random(0)
-    for draw in (draw_electrode, draw_side_marker):
-        for _ in range(40):
-            film, sentence = draw(blank, rng)
-            rows, columns = np.nonzero(np.asarray(film) != 90)
-            # The patient's right is on the left of the film
-            assert (columns.mean() < RESOLUTION / 2) == ("right" in sentence.lower())
-            if "upper" in sentence.lower():
-                assert rows.mean() < 0.4 * RESOLUTION
-            if "lower" in sentence.lower():
-                assert rows.mean() > 0.55 * RESOLUTION
+    for _ in range(40):
+        film, sentence = DRAW[kind](blank, rng)
+        rows, columns = np.nonzero(np.asarray(film) != 90)
+        # The patient's right is on the left of the film
+        assert (columns.mean() < RESOLUTION / 2) == ("right" in sentence.lower()), sentence
+        if "upper" in sentence.lower():
+            assert rows.mean() < 0.45 * RESOLUTION
+        if "lower" in sentence.lower():
+            assert rows.mean() > 0.55 * RESOLUTION
+
+
+def test_how_a_film_was_taken_is_said_of_the_right_side():
+    middle = np.zeros((RESOLUTION, RESOLUTION), dtype=np.uint8)
+    middle[:, RESOLUTION // 2] = 90  # a spine
+    rng = random.Random(0)
+    for _ in range(40):
+        film, sentence = draw_grid_cutoff(Image.fromarray(middle), rng)
+        half = np.asarray(film)[:, : RESOLUTION // 2].mean() > np.asarray(film)[:, RESOLUTION // 2 :].mean()
+        assert half == ("right" in sentence.lower())
+        film, sentence = draw_tilt(Image.fromarray(middle), rng)
+        head = np.nonzero(np.asarray(film)[20])[0].mean()
+        assert (head < RESOLUTION / 2) == ("right" in sentence.lower()), "the head goes to that side"
+        film, sentence = draw_collimation(Image.fromarray(np.full_like(middle, 90)), rng)
+        dark = np.asarray(film) == 0
+        edges = {"right": dark[:, 0], "left": dark[:, -1], "upper": dark[0], "lower": dark[-1]}
+        named = [edge for edge in edges if edge in sentence.lower()] or list(edges)
+        assert [edge for edge, column in edges.items() if column.all()] == named
 
 
 def test_the_first_variant_is_bare_and_seeds_decide():
@@ -199,3 +218,16 @@ def test_a_fifth_of_the_patients_is_held_out_with_all_films(tmp_path):
     assert not patients & {row["patient_id"] for row, out in zip(rows, held_out, strict=True) if not out}
     with pytest.raises(Refused, match=r"labels\.csv not found"):
         read_labels(tmp_path / "elsewhere")
+
+
+def test_the_bundled_base_loads_in_a_stock_pipeline_as_fp32():
+    """Stored in fp16; diffusers loads in fp32 what it has no other order for, transformers what the config names."""
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / BUNDLED_BASE)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        "Chest radiograph of a child. Normal.", num_inference_steps=2, generator=generator, output_type="np"
+    )
+    assert images.images.shape == (1, RESOLUTION, RESOLUTION, 3) and np.isfinite(images.images).all()
