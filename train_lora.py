@@ -67,9 +67,13 @@ from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score
 
 # What a run takes where the command line is silent
 RECIPES = {
-    "cxr-tiny": dict(max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3, lora_targets="convolutions"),
-    "stable-diffusion": dict(max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention"),
-}
+    "cxr-tiny": dict(
+        max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3, lora_targets="convolutions", snr_gamma=0.0
+    ),
+    "stable-diffusion": dict(
+        max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention", snr_gamma=5.0
+    ),
+}  # fmt: skip
 SAMPLE_PROMPTS = (
     "PA chest radiograph of a 60-year-old man. No acute finding.",
     "PA chest radiograph of a 60-year-old man. Cardiomegaly.",
@@ -126,7 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
-    add("--snr_gamma", type=float, default=5.0, help="Min-SNR weighting; 0 weighs all timesteps alike [5]")
+    add("--snr_gamma", type=float, help="Min-SNR weighting; 0 weighs all alike [0 for the bundled base, else 5]")
     add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
 
