@@ -28,10 +28,14 @@ FINDINGS = ("pleural effusion", "pneumothorax", "nodule", "mass", "cardiomegaly"
 SIDED = ("pleural effusion", "pneumothorax", "nodule", "mass", "pacemaker")
 ZONED = ("nodule", "mass")
 
-DIAMETERS = {"nodule": (6.0, 8.0), "mass": (11.0, 17.0)}  # pixels
+DIAMETERS = {
+    "nodule": (8.0, 11.5),
+    "mass": (13.5, 18.0),
+}  # pixels; 30 mm, which part the two, are 12.8 on a 300 mm film
 MIN_RIM = 8.5  # pixels of air beside the smallest pneumothorax
 CARDIOTHORACIC = (0.63, 0.72)  # ratio aimed at; above 0.5 counts as enlarged in adults, above 0.55 in small children
-FINDING_COUNTS = (0.25, 0.55, 0.20)  # chances of 0, 1 and 2 findings in a film
+FINDING_COUNTS = (0.15, 0.60, 0.25)  # chances of 0, 1 and 2 findings in a film
+FINDING_WEIGHTS = (1, 1, 2, 2, 1, 1)  # those with three zones a side come twice as often
 
 NORMAL_PHRASES = (
     "No acute finding.",
@@ -497,11 +501,12 @@ def phrase(finding: str, side: str | None, zone: str | None, rng: np.random.Gene
 def virtual_findings(rng: np.random.Generator) -> list[tuple[str, str | None, str | None]]:
     """Return what to draw into one film, in the order to draw it: (finding, side, zone) none, one or two times.
 
-    Findings, sides and zones are equally frequent each. Two findings differ, and two with a side lie on different
+    Findings come by FINDING_WEIGHTS, sides and zones equally often. Two findings differ, and two with a side lie on different
     sides, so that neither hides the other; cardiomegaly comes first because it moves the lungs' borders.
     """
     count = int(rng.choice(len(FINDING_COUNTS), p=FINDING_COUNTS))
-    names = sorted(rng.choice(FINDINGS, size=count, replace=False), key=lambda name: name != "cardiomegaly")
+    chances = np.array(FINDING_WEIGHTS) / sum(FINDING_WEIGHTS)
+    names = sorted(rng.choice(FINDINGS, size=count, replace=False, p=chances), key=lambda name: name != "cardiomegaly")
     first = int(rng.integers(len(SIDES)))
     placed = []
     for number, name in enumerate(names):
