@@ -68,7 +68,7 @@ from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score
 # What a run takes where the command line is silent
 RECIPES = {
     "cxr-tiny": dict(
-        max_train_steps=1000, learning_rate=1e-3, text_encoder_lr=1e-3, lora_targets="convolutions", snr_gamma=0.0
+        max_train_steps=1000, learning_rate=4e-3, text_encoder_lr=2e-3, lora_targets="feed_forward", snr_gamma=0.0
     ),
     "stable-diffusion": dict(
         max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention", snr_gamma=5.0
@@ -124,7 +124,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--lora_targets",
         choices=list(UNET_TARGETS),
-        help="layers of the UNet that adapt, each preset with those before [convolutions for the bundled base, else attention]",
+        help="layers of the UNet that adapt, each preset with those before [feed_forward for the bundled base, else attention]",
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
 
@@ -139,8 +139,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps an optimizer step [1]")
     add("--max_train_steps", type=int, help="optimizer steps [1000 for the bundled base, else 4000]")
     add("--num_train_epochs", type=int, help="the same in passes over the films; --max_train_steps wins")
-    add("--learning_rate", type=float, help="of the UNet's adapter [1e-3 for the bundled base, else 1e-4]")
-    add("--text_encoder_lr", type=float, help="of the text encoder's [1e-3 for the bundled base, else 1e-5]")
+    add("--learning_rate", type=float, help="of the UNet's adapter [4e-3 for the bundled base, else 1e-4]")
+    add("--text_encoder_lr", type=float, help="of the text encoder's [2e-3 for the bundled base, else 1e-5]")
     add("--scale_lr", action="store_true", help="multiply both by the films of an optimizer step")
     add("--lr_scheduler", default="cosine", choices=LR_SCHEDULERS, help="[cosine]")
     add("--lr_warmup_steps", type=int, help="steps of linear warm-up [5 %% of the steps]")
