@@ -46,11 +46,11 @@ def test_the_side_has_to_be_right() -> None:
     assert other_side("cardiomegaly") is None
 
 
-def test_thresholds_separate_best_and_are_shared_by_the_sides() -> None:
+def test_thresholds_separate_best_halfway_and_are_shared_by_the_sides() -> None:
     read = reading({LEFT: 0.3}, {RIGHT: 0.25}, {LEFT: 0.2}, {}, {"cardiomegaly": 0.9})
     thresholds = calibrate(read, [{LEFT}, {RIGHT}, set(), set(), {"cardiomegaly"}])
-    assert thresholds[LEFT] == thresholds[RIGHT] == pytest.approx(0.25)
-    assert thresholds["cardiomegaly"] == pytest.approx(0.9)
+    assert 0.2 < thresholds[LEFT] == thresholds[RIGHT] < 0.25
+    assert thresholds["cardiomegaly"] == pytest.approx(0.5), "halfway in log-odds between 0.1 and 0.9"
     assert "left pacemaker" not in thresholds, "no film shows one"
     useless = calibrate(reading({LEFT: 0.2}, {LEFT: 0.3}), [{LEFT}, set()])
     assert all(map(math.isfinite, useless.values())), "no better than chance, yet a number that JSON can hold"

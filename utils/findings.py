@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 from torch import Tensor
@@ -73,7 +74,8 @@ def choose_prompts(candidates: Sequence[Prompt], count: int) -> list[Prompt]:
 def calibrate(read: Extracted, shown: Sequence[set[str]]) -> dict[str, float]:
     """Return the probability from which each label counts as there: where balanced accuracy is highest on some films.
 
-    The sides of a finding share one threshold, so that neither is favoured.
+    Between the films that this parts it lies halfway in log-odds: where they are far apart, at the edge of either kind it
+    would be an accident of one film. The sides of a finding share one threshold, so that neither is favoured.
 
     Args:
         read: of N films.
@@ -88,9 +90,12 @@ def calibrate(read: Extracted, shown: Sequence[set[str]]) -> dict[str, float]:
         there = np.concatenate([[side in labels for labels in shown] for side in sides])
         if there.all() or not there.any():
             continue
-        false_alarms, hits, levels = roc_curve(there, torch.cat([read.finding(side) for side in sides]).numpy())
-        best = int((hits - false_alarms)[1:].argmax())  # roc_curve starts at an infinite level, where nothing is there
-        thresholds[label] = float(levels[1:][best])
+        scores = torch.logit(torch.cat([read.finding(side) for side in sides]).double(), eps=1e-6).numpy()
+        false_alarms, hits, levels = roc_curve(there, scores, drop_intermediate=False)
+        best = int((hits - false_alarms)[1:].argmax()) + 1  # the first level is infinite: nothing is there
+        below = scores[scores < levels[best]].max(initial=-np.inf)
+        level = levels[best] if np.isinf(below) else (levels[best] + below) / 2
+        thresholds[label] = float(expit(level))
     return thresholds
 
 
