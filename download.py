@@ -1,5 +1,6 @@
 """Fetch chest radiographs, check them, bring them to one size, and deal their patients out to folds.
 
+    python download.py                                    the bundled demo set of synthetic films
     python download.py --source nih --mirror /data/ChestX-ray14
     python download.py --source folder --mirror https://example.org/films --resolution 256
     python download.py --check data
@@ -45,9 +46,10 @@ from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, remove_others
 from utils.metadata import dataset_hash
 from utils.refusal import ArgumentParser, Refused, run
-from utils.sources import folder, nih
+from utils.sources import demo, folder, nih
 
-SOURCES = {source.NAME: source for source in (nih, folder)}
+SOURCES = {source.NAME: source for source in (demo, nih, folder)}
+RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 
 
@@ -57,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = ArgumentParser(description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("what to fetch")
-    group.add_argument("--source", help="name of the set, see --list_sources")
+    group.add_argument("--source", default=demo.NAME, help="name of the set, see --list_sources")
     group.add_argument("--mirror", help="http(s) address or local folder that holds the set")
     group.add_argument("--limit", type=int, help="look at the first N films of the table only")
     group.add_argument(
@@ -65,7 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--accept_license", action="store_true", help="agree to terms that restrict what you may do")
     group = parser.add_argument_group("what to make of it")
-    group.add_argument("--resolution", type=int, default=512, help="side of the squares in pixels, a multiple of 8")
+    group.add_argument(
+        "--resolution", type=int, help="side of the squares in pixels, a multiple of 8 (default: 512; demo: 128)"
+    )
     group.add_argument("--num_folds", type=int, default=5, help="parts that patients are dealt out to")
     group.add_argument("--seed", type=int, default=0, help="decides which patient is in which fold")
     group = parser.add_argument_group("where and how")
@@ -93,6 +97,8 @@ def main(args: argparse.Namespace) -> int:
     # Terms before the first byte
     check_settings(args)
     source = SOURCES[args.source]
+    args.resolution = args.resolution or getattr(source, "RESOLUTION", RESOLUTION)
+    args.mirror = args.mirror or getattr(source, "MIRROR", None)
     print(source.TERMS, flush=True)
     if source.RESTRICTED and not args.accept_license:
         raise Refused(f"the terms of --source {source.NAME} restrict what you may do; read them, add --accept_license")
@@ -101,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
         # What there is: the table of the source, before any film
         mirror = check_mirror(args.mirror) if args.mirror is not None else None
         films = source.list_films(mirror, lambda name: read_file(client, mirror, name))
-        table_hash = hashlib.sha256(canonical_json([vars(film) for film in films]).encode()).hexdigest()
+        table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
         films = films[: args.limit]
         wanted, rejected = select_views(films, args.view)
         check_films(wanted, args.num_folds)
@@ -186,10 +192,9 @@ def main(args: argparse.Namespace) -> int:
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that no set can be made with."""
     if args.source not in SOURCES:
-        given = "no --source given" if args.source is None else f"--source {args.source} is not known"
         commands = ", or ".join(source.EXAMPLE for source in SOURCES.values())
-        raise Refused(f"{given}; the sources are {' and '.join(SOURCES)}: {commands}")
-    if args.resolution < 64 or args.resolution % 8:
+        raise Refused(f"--source {args.source} is not known; the sources are {', '.join(SOURCES)}: {commands}")
+    if args.resolution is not None and (args.resolution < 64 or args.resolution % 8):
         raise Refused(f"--resolution {args.resolution}; expected a multiple of 8, 64 at least, such as 512")
     for name, least in (("limit", 1), ("num_folds", 2), ("num_workers", 1), ("seed", 0)):
         value = getattr(args, name)
@@ -322,6 +327,7 @@ def row_of(film: Film, noted: dict, source: ModuleType) -> dict:
         "view": film.view,
         "age": film.age,
         "sex": film.sex,
+        **({} if film.boxes is None else {"boxes": film.boxes}),
         "source": source.NAME,
         "source_id": film.source_id,
         "license": source.LICENSE,

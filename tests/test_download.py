@@ -384,7 +384,6 @@ def test_a_fault_in_a_worker_thread_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no --source given; the sources are nih and folder: python download.py --source nih"),
         (["--source", "mimic"], "--source mimic is not known; the sources are"),
         (["--source", "nih"], "45 GB"),
         (["--source", "folder"], "needs --mirror"),

@@ -40,6 +40,11 @@ class Film:
     view: str | None = None
     age: int | None = None  # years
     sex: str | None = None  # "M" or "F"
+    boxes: list[dict] | None = None  # of each finding: name, side, zone and box, left top right bottom as fractions
+
+    def described(self) -> dict:
+        """Return what the source's table says of it; boxes only where it has any, as most sources know none."""
+        return {name: value for name, value in vars(self).items() if name != "boxes" or value is not None}
 
 
 def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
