@@ -103,7 +103,7 @@ def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) 
     for level, base in validations[0]["mse_by_timestep"].items():
         change = [100 * (row["mse_by_timestep"][level] / base - 1) for row in validations]
         error.plot(at, change, label=f"t = {level}")
-    error.set(title="Error of the predicted noise against the base, %", xlabel="step")
+    error.set(title="Error of the prediction against the base, %", xlabel="step")
     error.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
     norms = [np.nan if row["grad_norm"] is None else row["grad_norm"] for row in steps]
@@ -138,7 +138,7 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
         means = np.array([stat["mean"] for stat in stats])
         ends = np.array([stat["interval"] or [stat["mean"]] * 2 for stat in stats]).T
         ssim.errorbar([float(s) for s in strengths], means, np.abs(ends - means), fmt="o-", capsize=3, label=label)
-    error.set(title="Error of the predicted noise (MSE)", xlabel="timestep", yscale="log")
+    error.set(title="Error of the predicted noise or velocity (MSE)", xlabel="timestep", yscale="log")
     error.legend()
     for name, label, style in (("ceiling", "autoencoder's round trip", "g--"), ("mean_film", "mean film", "r--")):
         ssim.axhline(metrics["bounds"]["ssim"][name]["mean"], linestyle="--", color=style[0], linewidth=1, label=label)
@@ -168,7 +168,7 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             rows.append([title, *(show(part, digits) for part in parts)])
     for level, figures in metrics["noise_prediction_mse"].items():
         parts = figures["adapter"], figures["base"], figures["gain"]
-        rows.append([f"noise prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
+        rows.append([f"prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
     for name, digits in (("ssim", 4), ("psnr", 2), ("mse", 4)):
         figures = metrics["free_samples"][name]
         rows.append([
