@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
                 }
             )
     write_jsonl(args.output_dir / "metadata.jsonl", rows)
-    save_png(args.output_dir / "samples.png", draw_samples(args.output_dir, rows))
+    save_png(args.output_dir / "samples.png", draw_samples(args.output_dir, rows).quantize(16))
     write_bytes(args.output_dir / "README.md", card(args, rows).encode())
 
 

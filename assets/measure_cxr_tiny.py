@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     footer = "Synthetic, not for diagnosis. Guidance 4, 25 steps, the same noise in every column, none left out."
     save_png(
         args.model / "samples.png",
-        contact_sheet(grid, SHOWN_PROMPTS, [f"seed {seed}" for seed in shown_seeds], footer),
+        contact_sheet(grid, SHOWN_PROMPTS, [f"seed {seed}" for seed in shown_seeds], footer).quantize(16),
     )
     write_bytes(args.model / "README.md", card(args.model, metrics).encode())
     print(json.dumps(metrics, indent=1))

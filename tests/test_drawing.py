@@ -144,8 +144,8 @@ def test_nodules_are_smaller_than_masses(film: np.ndarray, lungs: Lungs) -> None
             rng = np.random.default_rng(3)
             _, mask = draw(film, finding, "right", "middle", rng, lungs, severity=severity)
             widths[finding] = np.flatnonzero(mask.any(axis=0)).size
-        assert 5 <= widths["nodule"] <= 9
-        assert 10 <= widths["mass"] <= 18
+        assert 7 <= widths["nodule"] <= 13
+        assert widths["nodule"] < widths["mass"] <= 19
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -68,7 +68,7 @@ def test_the_base_is_scored_without_the_adapter(runs: Path, tiny_base: Path, tin
     with eval_mode(base.unet, base.text_encoder):
         scores = score_model(bank, base.unet, base.text_encoder, base.vae, base.noise_scheduler, 16)
     for name in ("mse/50", "mse/950", "ssim/0.5", "psnr/0.7"):
-        assert [row[f"base/{name}"] for row in films] == pytest.approx(scores[name].tolist(), rel=1e-4)
+        assert [row[f"base/{name}"] for row in films] == pytest.approx(scores[name].tolist(), rel=1e-3)
     assert any(abs(row["adapter/mse/50"] - row["base/mse/50"]) > 1e-3 for row in films)
 
 
@@ -94,7 +94,7 @@ def test_prompts_are_asked_whether_they_are_followed_where_the_table_has_boxes(
     """Of a base and an adapter that draw noise only the form can be checked: counts, bounds, calibration, pages."""
     rows = [json.loads(line) for line in (own_data / "metadata.jsonl").open()]
     for i, row in enumerate(rows):
-        side = ("left", "right")[i // 2 % 2]
+        side = ("left", "right")[i % 2]
         row["boxes"] = [{"finding": "mass", "side": side, "box": [0, 0, 1, 1]}] if row["findings"] else []
     (own_data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(tiny_base, own_data, tmp_path / "fold0", "--max_train_steps", "2")
