@@ -279,7 +279,8 @@ without any memory. Its intervals hold the real films fixed.
 ## Limits
 
 Children of one hospital, three labels, 128 px; softer than a film. Anatomy is plausible, not right. Prompts about findings it
-never saw change little until an adapter teaches them.
+was never told of change little until an adapter teaches them, but where one names a side and a level, pins and cables may
+turn up unasked.
 """
 
 
