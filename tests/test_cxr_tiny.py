@@ -17,6 +17,7 @@ from assets.train_cxr_tiny import (
     as_matrix,
     descend,
     make_optimizers,
+    make_scheduler,
     make_tokenizer,
     mean_ssim,
     parse_args,
@@ -225,6 +226,7 @@ def test_the_bundled_base_loads_in_a_stock_pipeline_as_fp32():
     pipeline = StableDiffusionPipeline.from_pretrained(ROOT / BUNDLED_BASE)
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
+    assert pipeline.scheduler.config.prediction_type == make_scheduler().config.prediction_type == "v_prediction"
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
