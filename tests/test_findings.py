@@ -46,14 +46,26 @@ def test_the_side_has_to_be_right() -> None:
     assert other_side("cardiomegaly") is None
 
 
-def test_thresholds_separate_best_halfway_and_are_shared_by_the_sides() -> None:
-    read = reading({LEFT: 0.3}, {RIGHT: 0.25}, {LEFT: 0.2}, {}, {"cardiomegaly": 0.9})
+def test_thresholds_lie_halfway_and_are_shared_by_the_sides() -> None:
+    read = reading({LEFT: 0.3}, {RIGHT: 0.3}, {LEFT: 0.2}, {}, {"cardiomegaly": 0.9})
     thresholds = calibrate(read, [{LEFT}, {RIGHT}, set(), set(), {"cardiomegaly"}])
-    assert 0.2 < thresholds[LEFT] == thresholds[RIGHT] < 0.25
+    halfway = math.sqrt((0.3 / 0.7) * (0.1 / 0.9))  # of the odds: the mean of the log-odds
+    assert thresholds[LEFT] == thresholds[RIGHT] == pytest.approx(halfway / (1 + halfway))
     assert thresholds["cardiomegaly"] == pytest.approx(0.5), "halfway in log-odds between 0.1 and 0.9"
     assert "left pacemaker" not in thresholds, "no film shows one"
-    useless = calibrate(reading({LEFT: 0.2}, {LEFT: 0.3}), [{LEFT}, set()])
-    assert all(map(math.isfinite, useless.values())), "no better than chance, yet a number that JSON can hold"
+
+
+def test_one_odd_film_does_not_move_a_threshold() -> None:
+    """At the edges of the kinds, or halfway between them, it would: 0.31 to 0.98 for three sets of the same findings."""
+    shown = [{LEFT}] * 9 + [set()] * 9
+    without = calibrate(reading(*[{LEFT: 0.99}] * 9, *[{}] * 9), shown)
+    with_odd_ones = calibrate(reading(*[{LEFT: 0.99}] * 8, {LEFT: 0.01}, {LEFT: 0.999}, *[{}] * 8), shown)
+    assert with_odd_ones == without
+
+
+def test_thresholds_are_numbers_where_probabilities_are_certain() -> None:
+    certain = calibrate(reading({LEFT: 1.0}, {LEFT: 1.0}, {LEFT: 0.0}), [{LEFT}, {LEFT}, set()])
+    assert 0 < certain[LEFT] < 1
 
 
 def test_only_boxes_that_the_encoder_can_read_are_read() -> None:

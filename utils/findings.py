@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.special import expit
 from scipy.stats import binomtest
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from utils.features import FINDING_LABELS, Extracted, finding_label
@@ -72,10 +70,11 @@ def choose_prompts(candidates: Sequence[Prompt], count: int) -> list[Prompt]:
 
 
 def calibrate(read: Extracted, shown: Sequence[set[str]]) -> dict[str, float]:
-    """Return the probability from which each label counts as there: where balanced accuracy is highest on some films.
+    """Return the probability from which each label counts as there: halfway between films that show it and that do not.
 
-    Between the films that this parts it lies halfway in log-odds: where they are far apart, at the edge of either kind it
-    would be an accident of one film. The sides of a finding share one threshold, so that neither is favoured.
+    Halfway between the medians of the two kinds, in log-odds. Where the kinds are far apart, a threshold at the edge of
+    either, or halfway between the edges, would be an accident of one film. The sides of a finding share one threshold,
+    so that neither is favoured.
 
     Args:
         read: of N films.
@@ -87,15 +86,12 @@ def calibrate(read: Extracted, shown: Sequence[set[str]]) -> dict[str, float]:
     thresholds = {}
     for label in FINDING_LABELS:
         sides = [other for other in FINDING_LABELS if without_side(other) == without_side(label)]
-        there = np.concatenate([[side in labels for labels in shown] for side in sides])
+        there = torch.cat([torch.tensor([side in labels for labels in shown]) for side in sides])
         if there.all() or not there.any():
             continue
-        scores = torch.logit(torch.cat([read.finding(side) for side in sides]).double(), eps=1e-6).numpy()
-        false_alarms, hits, levels = roc_curve(there, scores, drop_intermediate=False)
-        best = int((hits - false_alarms)[1:].argmax()) + 1  # the first level is infinite: nothing is there
-        below = scores[scores < levels[best]].max(initial=-np.inf)
-        level = levels[best] if np.isinf(below) else (levels[best] + below) / 2
-        thresholds[label] = float(expit(level))
+        log_odds = torch.logit(torch.cat([read.finding(side) for side in sides]).double(), eps=1e-6)
+        halfway = (log_odds[there].quantile(0.5) + log_odds[~there].quantile(0.5)) / 2
+        thresholds[label] = halfway.sigmoid().item()
     return thresholds
 
 
