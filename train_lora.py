@@ -37,6 +37,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from utils.boxes import read_boxes
 from utils.card import model_card
 from utils.checkpoint import clear_run, find_start, forget_after, prune_checkpoints, save_checkpoint
 from utils.diffusion import min_snr_weights
@@ -131,6 +132,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
     add("--snr_gamma", type=float, help="Min-SNR weighting; 0 weighs all alike [0 for the bundled base, else 5]")
+    add(
+        "--box_loss_weight",
+        type=float,
+        default=0.0,
+        help="what each of a film's boxes (column boxes) adds to its loss, in whole films, however small it is [0]",
+    )
     add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
 
@@ -216,7 +223,7 @@ def check_args(args: argparse.Namespace) -> None:
         rank=1, text_encoder_rank=0, train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1,
         num_train_epochs=1, adam_epsilon=0, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
-        checkpoints_total_limit=0, snr_gamma=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
+        checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
         lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64,
     )  # fmt: skip
     for name, smallest in least.items():
@@ -401,6 +408,8 @@ def main(args: argparse.Namespace) -> None:
         tokenize(tokenizer, captions),
         args.seed,
         mirrored,
+        read_boxes(data_dir, training_rows) if args.box_loss_weight else None,
+        args.box_loss_weight,
     )
     bank = film_bank(
         data_dir, validation_rows, posteriors, [place[row["file_name"]] for row in validation_rows],
@@ -574,13 +583,15 @@ def main(args: argparse.Namespace) -> None:
                 input_ids = torch.where(dropped[:, None].to(device), empty_ids, batch["input_ids"].to(device))
                 encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
 
-                # Predict the noise, or the velocity, and weigh the error by timestep
+                # Predict the noise, or the velocity, and weigh the error by place and by timestep
                 if noise_scheduler.config.prediction_type == "epsilon":
                     target = noise
                 else:
                     target = noise_scheduler.get_velocity(latents, noise, timesteps)
                 model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-                loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # [B]
+                error = F.mse_loss(model_pred.float(), target, reduction="none")  # [B, C, h, w]
+                place_weights = batch["place_weights"].to(device, non_blocking=True)
+                loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))  # [B]
                 loss = (loss * loss_weights[timesteps]).mean()
 
                 accelerator.backward(loss)

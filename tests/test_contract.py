@@ -21,7 +21,7 @@ LAYERS = {
         "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
         "refusal", "report", "runlog", "seeding", "sources", "sources.demo", "sources.folder", "sources.nih",
     },
-    1: {"diffusion", "distances", "hardware", "images", "metrics"},
+    1: {"boxes", "diffusion", "distances", "hardware", "images", "metrics"},
     2: {"checkpoint", "features", "findings", "latents", "lora", "pipeline", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.boxes import box_loss_weights
 from utils.latents import (
     Posteriors,
     TrainingStream,
@@ -126,6 +127,27 @@ def test_mirroring_takes_half_of_the_films_and_only_where_asked(vae, tiny_data: 
     stream = TrainingStream(cached, range(40), torch.zeros(40, 1, dtype=torch.long), 0, mirrored)
     flips = [np.array_equal(stream[p]["mean"], mirrored.mean[stream.film_at(p)]) for p in range(200)]
     assert 70 < sum(flips) < 130
+
+
+def test_boxes_stay_with_their_films_and_are_mirrored_with_them(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    mirrored = cache_posteriors(tiny_data, rows, vae, tmp_path, 64, mirrored=True)
+    chosen, boxes = [3, 11], [[[0.0, 0.0, 0.25, 0.5]], []]
+    input_ids = torch.zeros(2, 1, dtype=torch.long)
+    stream = TrainingStream(cached, chosen, input_ids, 0, mirrored, boxes, 0.5)
+    expected = box_loss_weights(boxes[0], *cached.mean.shape[-2:], 0.5)
+    flips = set()
+    for position in range(20):
+        item, film = stream[position], stream.film_at(position)
+        is_mirrored = np.array_equal(item["mean"], mirrored.mean[chosen[film]])
+        if film == 0:
+            flips.add(is_mirrored)
+            assert torch.equal(item["place_weights"], expected.flip(-1) if is_mirrored else expected)
+        else:
+            assert (item["place_weights"] == 1).all()
+    assert flips == {False, True}
+    assert (TrainingStream(cached, chosen, input_ids, 0)[0]["place_weights"] == 1).all()
 
 
 @pytest.mark.parametrize(("processes", "accumulation", "batch_size"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (2, 2, 2)])

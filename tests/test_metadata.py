@@ -166,7 +166,14 @@ def test_dataset_hash_depends_on_content_and_not_on_order():
     rows = rows_of(sha256="0", view="PA")
     assert dataset_hash(rows) == dataset_hash(rows[::-1])
     assert dataset_hash(rows) == dataset_hash([row | {"view": "AP"} for row in rows])
-    for change in (dict(text="?"), dict(fold=9), dict(patient_id=None), dict(sha256="1"), dict(file_name="z")):
+    for change in (
+        dict(text="?"),
+        dict(fold=9),
+        dict(patient_id=None),
+        dict(sha256="1"),
+        dict(file_name="z"),
+        dict(boxes=[{}]),
+    ):
         assert dataset_hash(rows) != dataset_hash([rows[0] | change, *rows[1:]])
 
 

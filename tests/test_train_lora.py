@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train_lora
 from tests.conftest import ROOT, build_base
 from utils.checkpoint import checkpoint_steps, load_checkpoint
+from utils.files import write_jsonl
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
 
@@ -320,6 +321,17 @@ def test_a_velocity_model_is_trained_on_the_velocity(
     assert seen["compared"]
 
 
+def test_a_box_over_the_whole_film_adds_its_share_of_the_loss(tiny_base: Path, own_data: Path, tmp_path: Path) -> None:
+    more = ("--max_train_steps", "1")
+    train(tiny_base, own_data, tmp_path / "without", *more)
+    rows = read(own_data / "metadata.jsonl")
+    whole = [{"finding": "pleural effusion", "side": "left", "box": [0, 0, 1, 1]}]
+    write_jsonl(own_data / "metadata.jsonl", [row | {"boxes": whole} for row in rows])
+    train(tiny_base, own_data, tmp_path / "with", *more, "--box_loss_weight", "0.5")
+    without, with_boxes = (read(tmp_path / name / "log.jsonl")[0] for name in ("without", "with"))
+    assert with_boxes["loss"] == pytest.approx(1.5 * without["loss"], rel=1e-5)
+
+
 def test_checkpointed_gradients_are_the_gradients(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Of the text encoder too, which re-entrant checkpointing leaves without any."""
     more = ("--max_train_steps", "3")
@@ -393,6 +405,8 @@ def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_pa
         (["--train_data_dir", "/nowhere"], "no folder"),
         (["--pretrained_model_name_or_path", "/nowhere"], "assets/cxr-tiny"),
         (["--resume_from_checkpoint", "/nowhere"], "no checkpoint"),
+        (["--box_loss_weight", "-1"], "--box_loss_weight -1"),
+        (["--box_loss_weight", "0.5"], "no film of .* has a box"),
     ],
 )
 def test_bad_input_is_refused_in_words(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from utils.boxes import box_loss_weights
 from utils.files import canonical_json, sha256_file, write_json
 from utils.films import PREPROCESSING, UnusableFilm
 from utils.images import load_film, to_pixel_values
@@ -200,7 +201,7 @@ class TrainingStream(Dataset):
     Position p holds film p mod N of epoch p div N's permutation, which depends on (seed, epoch) alone. Which films
     make up a step is therefore known without having run the steps before, on any number of processes.
 
-    Items: `position` (int), `mean` and `std` float32 [C, h, w], `input_ids` int64 [L].
+    Items: `position` (int), `mean` and `std` float32 [C, h, w], `input_ids` int64 [L], `place_weights` float32 [h, w].
     """
 
     def __init__(
@@ -210,10 +211,17 @@ class TrainingStream(Dataset):
         input_ids: Tensor,
         seed: int,
         mirrored: Posteriors | None = None,
+        boxes: Sequence[Sequence[Sequence[float]]] | None = None,
+        box_weight: float = 0.0,
     ):
-        """Stream over `films`, rows of the posteriors, each with the token ids at its place in `input_ids` [N, L]."""
+        """Stream over `films`, rows of the posteriors, each with the token ids at its place in `input_ids` [N, L].
+
+        Args:
+            mirrored: posteriors of the mirror images, which then stand in for half of the films.
+            boxes, box_weight: of each of `films`, and what one adds to the loss, as `box_loss_weights` takes them.
+        """
         self.posteriors, self.films, self.input_ids, self.seed = posteriors, films, input_ids, seed
-        self.mirrored = mirrored
+        self.mirrored, self.boxes, self.box_weight = mirrored, boxes, box_weight
 
     def film_at(self, position: int) -> int:
         """Return which of `films` stands at a position of the stream."""
@@ -222,14 +230,16 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Tensor | int]:
         film = self.film_at(position)
-        source = self.posteriors
+        source, boxes = self.posteriors, self.boxes[film] if self.boxes else ()
         if self.mirrored is not None and derive_seed(self.seed, "mirror", position) % 2:
-            source = self.mirrored
+            source, boxes = self.mirrored, [(1 - right, top, 1 - left, bottom) for left, top, right, bottom in boxes]
+        mean, std = (torch.from_numpy(values[self.films[film]].copy()) for values in (source.mean, source.std))
         return {
             "position": position,
-            "mean": torch.from_numpy(source.mean[self.films[film]].copy()),
-            "std": torch.from_numpy(source.std[self.films[film]].copy()),
+            "mean": mean,
+            "std": std,
             "input_ids": self.input_ids[film],
+            "place_weights": box_loss_weights(boxes, *mean.shape[-2:], self.box_weight),
         }
 
 

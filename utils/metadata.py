@@ -188,7 +188,10 @@ def row_faults(rows: Iterable[dict], directory: Path) -> Iterator[str]:
 
 
 def dataset_hash(rows: Iterable[dict]) -> str:
-    """Return a SHA-256 that changes with any image, text, patient or fold, but not with the order of rows."""
+    """Return a SHA-256 that changes with any image, text, patient, fold or box, but not with the order of rows."""
     keys = ("file_name", "text", "patient_id", "fold", "sha256")
-    listed = sorted(([row.get(key) for key in keys] for row in rows), key=lambda values: values[0])
+    listed = sorted(
+        ([*map(row.get, keys), *([row["boxes"]] if row.get("boxes") else [])] for row in rows),
+        key=lambda values: values[0],
+    )
     return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
