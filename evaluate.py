@@ -166,10 +166,11 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     device = accelerator.device
-    if device.type == "cpu":
-        use_all_cores()
     cache_dir = args.cache_dir or config["cache_dir"]
     base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
+    if device.type == "cpu":
+        use_all_cores()
+        base.vae.enable_slicing()  # film by film: what the decoder computes then stays in the processor's cache
     if settings["prediction_type"]:
         base.noise_scheduler.register_to_config(prediction_type=settings["prediction_type"])
     pipeline = assemble(base)

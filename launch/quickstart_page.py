@@ -27,8 +27,8 @@ in films of the set that do show it. An adapter that works lies near the ceiling
 neither these films nor this adapter, but it learnt findings that the same program drew into other films. Nodules and masses
 are read as one, zones are not read.</p>"""
 
-LEARNT = """<p>{films} films of {patients} virtual patients were held out. Each is noised to a share of the noise schedule and
-denoised again. SSIM (structural similarity, 1 for equal films) and PSNR (in decibels, higher is nearer) say how near it came
+LEARNT = """<p>{films} films of {patients} virtual patients that were held out are each noised to a share of the noise schedule
+and denoised again. SSIM (structural similarity, 1 for equal films) and PSNR (in decibels, higher is nearer) say how near it came
 back, and mean something only between the floor (the mean training film in its place) and the ceiling (the autoencoder's own
 round trip). A free sample is not meant to be near any one film; those rows are there because people ask for them.</p>"""
 
