@@ -8,11 +8,12 @@ cxr-tiny never saw is not seen here either; what is measured on them goes into t
 """
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -20,10 +21,11 @@ import utils.quiet  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from assets import anatomy, drawing
+from assets import anatomy, drawing, marks
 from assets.kermany import decode, read_labels
 from utils.distances import auroc, frechet_distance
 from utils.features import (
@@ -43,7 +45,8 @@ from utils.metrics import bootstrap_interval
 from utils.refusal import ArgumentParser, run
 from utils.seeding import derive_seed
 
-DRAWN_SHARE = 0.6  # of a batch
+DRAWN_SHARE, MARKED_SHARE = 0.5, 0.25  # of a batch: with findings, with marks alone
+OVERLAYS = ("braid", "zip", "cable", "pin", "side marker")  # marks that move nothing: bright, and no finding
 HELD_OUT_VARIANTS = 2  # drawn films a held-out film
 LEARNING_RATE, WEIGHT_DECAY, WARMUP = 2e-3, 0.05, 100
 REDUNDANCY = 5e-3  # lambda of Barlow Twins
@@ -78,11 +81,14 @@ def main(args: argparse.Namespace) -> None:
         draw_films(args, part, name, variants)
         for part, name, variants in zip(parts, ("train", "held-out"), (args.variants, HELD_OUT_VARIANTS), strict=True)
     ]
+    marked = [mark_films(part, derive_seed(args.seed, "marks", i)) for i, part in enumerate(parts)]
     start = time.perf_counter()
-    encoder = train(args, parts[0], drawn[0])
+    encoder = train(args, parts[0], marked[0], drawn[0])
     minutes = (time.perf_counter() - start) / 60
     save_encoder(encoder, args.output_dir)
-    measured = measure(load_encoder(args.output_dir), parts[1], drawn[1], args.seed)  # what is on disk, fp16 and all
+    measured = measure(
+        load_encoder(args.output_dir), parts[1], marked[1], drawn[1], args.seed
+    )  # what is on disk, fp16 and all
     print(measured)
     write_bytes(args.output_dir / "README.md", card(args, parts, drawn, minutes, measured).encode())
 
@@ -151,7 +157,7 @@ def draw_films(args: argparse.Namespace, plain: LabelledFilms, name: str, varian
 
     Films keep their label: what is drawn is independent of it, and reading one must not depend on the other.
     """
-    sources = [sha256_file(Path(module.__file__)) for module in (anatomy, drawing)]
+    sources = [sha256_file(Path(module.__file__)) for module in (anatomy, drawing, marks)]
     key = derive_seed(*sources, args.seed, name, variants, len(plain))
 
     def make() -> dict[str, np.ndarray]:
@@ -170,24 +176,42 @@ def draw_films(args: argparse.Namespace, plain: LabelledFilms, name: str, varian
 
 
 def draw_variants(film: np.ndarray, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return one film with findings drawn in by each seed, uint8 [V, 128, 128], and which, bool [V, 9]."""
+    """Return one film with findings drawn in by each seed, uint8 [V, 128, 128], and which, bool [V, 9].
+
+    Every other one has marks over it, so that these tell neither for nor against a finding. Nodules and masses lie
+    anywhere in their zone.
+    """
     lungs, films, findings = anatomy.find_lungs(film), [], np.zeros((len(seeds), len(FINDING_LABELS)), dtype=bool)
     for variant, seed in enumerate(seeds):
         rng, places, drawn = np.random.default_rng(seed), [], film
         while not places:
             places = drawing.virtual_findings(rng)
         for finding, side, zone in places:
-            drawn, _ = drawing.draw(drawn, finding, side, zone, rng, lungs=lungs)
+            drawn, _ = drawing.draw(drawn, finding, side, zone, rng, lungs=lungs, off_centre=np.inf)
             findings[variant, FINDING_LABELS.index(finding_label(finding, side))] = True
-        films.append(drawn)
+        films.append(lay_marks(drawn, seed) if variant % 2 else drawn)
     return np.stack(films), findings
+
+
+def mark_films(plain: LabelledFilms, seed: int) -> LabelledFilms:
+    """Return each film with marks over it: what is bright or metal is not for that a nodule, a mass or a pacemaker."""
+    marked = [lay_marks(film, derive_seed(seed, i)) for i, film in enumerate(plain.films.numpy())]
+    return replace(plain, films=torch.from_numpy(np.stack(marked)))
+
+
+def lay_marks(film: np.ndarray, seed: int) -> np.ndarray:
+    """Return a film with one to three marks over it."""
+    rng, image = random.Random(seed), Image.fromarray(film)
+    for kind in rng.choices(OVERLAYS, k=rng.choice((1, 2, 3))):
+        image, _ = marks.DRAW[kind](image, rng)
+    return np.asarray(image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(args: argparse.Namespace, plain: LabelledFilms, drawn: LabelledFilms) -> FilmEncoder:
+def train(args: argparse.Namespace, plain: LabelledFilms, marked: LabelledFilms, drawn: LabelledFilms) -> FilmEncoder:
     """Train on label, findings and agreement of two views of a film.
 
     Pooled features would learn three labels and nothing else. Two terms make them worth a distance: a linear probe
@@ -205,7 +229,7 @@ def train(args: argparse.Namespace, plain: LabelledFilms, drawn: LabelledFilms) 
     with tqdm(total=args.steps, desc="training", unit="step", mininterval=5) as bar:
         for step in range(args.steps):
             generator = torch.Generator().manual_seed(derive_seed(args.seed, "batch", step))
-            batch = draw_batch(plain, drawn, args.batch_size, generator)
+            batch = draw_batch(plain, marked, drawn, args.batch_size, generator)
             pixel_values = to_input(batch.films).repeat(2, 1, 1, 1)  # two views: [2 B, 1, 128, 128]
             pixel_values = augment(pixel_values, generator).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_native_bf16()):
@@ -229,11 +253,15 @@ def train(args: argparse.Namespace, plain: LabelledFilms, drawn: LabelledFilms) 
     return encoder
 
 
-def draw_batch(plain: LabelledFilms, drawn: LabelledFilms, size: int, generator: torch.Generator) -> LabelledFilms:
-    num_drawn = round(DRAWN_SHARE * size)
-    counts = ((plain, size - num_drawn), (drawn, num_drawn))
-    first, second = (films.at(torch.randint(len(films), (count,), generator=generator)) for films, count in counts)
-    return first + second
+def draw_batch(
+    plain: LabelledFilms, marked: LabelledFilms, drawn: LabelledFilms, size: int, generator: torch.Generator
+) -> LabelledFilms:
+    num_marked, num_drawn = round(MARKED_SHARE * size), round(DRAWN_SHARE * size)
+    first, second, third = (
+        films.at(torch.randint(len(films), (count,), generator=generator))
+        for films, count in ((plain, size - num_marked - num_drawn), (marked, num_marked), (drawn, num_drawn))
+    )
+    return first + second + third
 
 
 def masked_bce(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
@@ -289,7 +317,7 @@ def blur(pixel_values: Tensor, sigma: Tensor) -> Tensor:
 # What it is worth
 
 
-def measure(encoder: FilmEncoder, plain: LabelledFilms, drawn: LabelledFilms, seed: int) -> str:
+def measure(encoder: FilmEncoder, plain: LabelledFilms, marked: LabelledFilms, drawn: LabelledFilms, seed: int) -> str:
     """Return Markdown tables of what the encoder reads in films of patients that it never saw."""
     read = extract(encoder, plain.films)
     normal = read.label_probabilities[:, LABELS.index("normal")]
@@ -305,8 +333,9 @@ def measure(encoder: FilmEncoder, plain: LabelledFilms, drawn: LabelledFilms, se
     lines = ["| held-out films | films | AUROC |", "|---|---|---|"]
     lines += [f"| {name} | {count} | {area} |" for name, (count, area) in rows]
 
-    both = plain + drawn
-    probabilities = torch.cat([read.finding_probabilities, extract(encoder, drawn.films).finding_probabilities])
+    both = plain + marked + drawn
+    others = [extract(encoder, part.films).finding_probabilities for part in (marked, drawn)]
+    probabilities = torch.cat([read.finding_probabilities, *others])
     lines += ["", "| drawn finding | with / without | AUROC | balanced accuracy at 0.5 |", "|---|---|---|---|"]
     for place, finding in enumerate(FINDING_LABELS):
         known = both.known[:, place].numpy()
@@ -369,9 +398,11 @@ Made by `python -m assets.train_cxr_features` with seed {seed}: {steps} steps of
 ## Films
 
 Children's films of Kermany et al. 2018 (Cell 172(5), CC BY 4.0), squashed to a square: {train} of {train_patients}
-patients, and {train_drawn} with findings drawn in by `assets/drawing.py`. {held_out} films of {held_out_patients}
-other patients, which cxr-tiny did not see either, were held out; {held_out_drawn} drawn from them, by seeds not
-used in training, are what the findings are measured on. The label is real; the findings are drawn.
+patients, the same with marks over them (pins, cables, zips, braids, side markers of `assets/marks.py`, which are no
+findings and must not be taken for any), and {train_drawn} with findings drawn in by `assets/drawing.py`, every other
+one with marks too. {held_out} films of {held_out_patients} other patients, which cxr-tiny did not see either, were held out; they,
+the same with marks, and {held_out_drawn} with findings, by seeds not used in training, are what the findings are measured
+on. The label is real; the findings are drawn.
 
 ## Measured on held-out patients
 

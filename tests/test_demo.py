@@ -9,6 +9,7 @@ import torch
 import download
 from assets import make_demo
 from assets.drawing import FINDINGS, NORMAL_PHRASES, SIDED, SIDES, ZONED, ZONES
+from assets.train_cxr_features import lay_marks
 from utils.features import FINDING_LABELS, extract, load_encoder
 from utils.films import decode_film
 from utils.findings import reader_rates, shown_labels
@@ -95,6 +96,14 @@ def test_the_bundled_reader_reads_it(installed: Path) -> None:
         {"prompt_followed": {"base": rates, "adapter": rates, "reader": rates, "reader_after_round_trip": rates}}
     )
     assert [row[0] for row in table] == list(rates) and all(len(row) == len(heads) for row in table)
+
+
+def test_the_bundled_reader_takes_no_mark_for_a_finding(installed: Path) -> None:
+    """A base model draws pins and cables unasked; a reader that takes bright metal for a nodule flatters it."""
+    normal = [decode_film(installed / row["file_name"]) for row in read_metadata(installed) if not row["boxes"]]
+    marked = [lay_marks(film, seed) for seed, film in enumerate(normal * 3)]
+    read = extract(load_encoder(), torch.stack([torch.from_numpy(film) for film in marked]))
+    assert (read.finding_probabilities > 0.5).float().mean(dim=0).max() < 0.03
 
 
 def test_labels_cover_what_is_drawn(installed: Path) -> None:
