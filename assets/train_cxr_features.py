@@ -86,9 +86,8 @@ def main(args: argparse.Namespace) -> None:
     encoder = train(args, parts[0], marked[0], drawn[0])
     minutes = (time.perf_counter() - start) / 60
     save_encoder(encoder, args.output_dir)
-    measured = measure(
-        load_encoder(args.output_dir), parts[1], marked[1], drawn[1], args.seed
-    )  # what is on disk, fp16 and all
+    stored = load_encoder(args.output_dir)  # what is on disk, fp16 and all, is measured
+    measured = measure(stored, parts[1], marked[1], drawn[1], args.seed)
     print(measured)
     write_bytes(args.output_dir / "README.md", card(args, parts, drawn, minutes, measured).encode())
 
@@ -194,7 +193,7 @@ def draw_variants(film: np.ndarray, seeds: Sequence[int]) -> tuple[np.ndarray, n
 
 
 def mark_films(plain: LabelledFilms, seed: int) -> LabelledFilms:
-    """Return each film with marks over it: what is bright or metal is not for that a nodule, a mass or a pacemaker."""
+    """Return each film with marks over it, by a seed of its own: bright metal that is no finding."""
     marked = [lay_marks(film, derive_seed(seed, i)) for i, film in enumerate(plain.films.numpy())]
     return replace(plain, films=torch.from_numpy(np.stack(marked)))
 

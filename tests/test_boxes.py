@@ -57,7 +57,7 @@ def test_boxes_are_read_film_by_film(films: Path) -> None:
     [
         ({"file_name": "square.png"}, "no film of .* has a box"),
         ({"file_name": "square.png", "boxes": []}, "no film of .* has a box"),
-        ({"file_name": "square.png", "boxes": "[[0, 0, 1, 1]]"}, "square.png: box"),
+        ({"file_name": "square.png", "boxes": "[[0, 0, 1, 1]]"}, "square.png: boxes .*expected a list"),
         ({"file_name": "square.png", "boxes": [[0, 0, 1, 1]]}, "square.png: box None"),
         ({"file_name": "square.png", "boxes": [{"box": [10, 10, 20, 20]}]}, r"square.png: box \[10, 10, 20, 20\]"),
         ({"file_name": "square.png", "boxes": [{"box": [0.5, 0, 0.5, 1]}]}, "square.png: box"),

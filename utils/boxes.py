@@ -63,11 +63,11 @@ def read_boxes(directory: Path, rows: Sequence[dict]) -> list[list[list[float]]]
 
 
 def edges_of(row: dict) -> list[list[float]]:
-    """Return the edges of a film's boxes, checked."""
+    """Return left, top, right and bottom edge of a film's boxes, checked."""
     boxes = row.get("boxes") or []
-    edges = (
-        [box.get("box") if isinstance(box, dict) else None for box in boxes] if isinstance(boxes, list) else [boxes]
-    )
+    if not isinstance(boxes, list):
+        raise Refused(f"{row['file_name']}: boxes {boxes!r}; expected a list")
+    edges = [box.get("box") if isinstance(box, dict) else None for box in boxes]
     for box in edges:
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box)
         if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
