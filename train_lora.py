@@ -583,14 +583,16 @@ def main(args: argparse.Namespace) -> None:
                 input_ids = torch.where(dropped[:, None].to(device), empty_ids, batch["input_ids"].to(device))
                 encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
 
-                # Predict the noise, or the velocity, and weigh the error by place and by timestep
+                # Predict the noise, or the velocity, and weigh the error by place and by timestep. A box counts only beside
+                # the caption that names its finding: without one it would draw findings into what guidance leads away from
                 if noise_scheduler.config.prediction_type == "epsilon":
                     target = noise
                 else:
                     target = noise_scheduler.get_velocity(latents, noise, timesteps)
                 model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
                 error = F.mse_loss(model_pred.float(), target, reduction="none")  # [B, C, h, w]
-                place_weights = batch["place_weights"].to(device, non_blocking=True)
+                place_weights = batch["place_weights"].to(device, non_blocking=True)  # [B, h, w]
+                place_weights = torch.where(dropped[:, None, None].to(device), 1.0, place_weights)
                 loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))  # [B]
                 loss = (loss * loss_weights[timesteps]).mean()
 
