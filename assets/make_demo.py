@@ -37,6 +37,7 @@ from utils.seeding import derive_seed
 OPENING = "Chest radiograph of a child."
 RESOLUTION = 128
 STEPS, GUIDANCE, BATCH = 25, 3.0, 20
+MIN_SEVERITY = 0.5  # the larger half of what is drawn elsewhere: minutes are enough to learn it
 FOLLOW_UP_STRENGTH = 0.45  # of the noise: ribs and heart stay where they are
 
 
@@ -108,7 +109,7 @@ def draw_findings(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
     """Return the film with none, one or two findings, the box of each as fractions of the side, and their sentences."""
     lungs, boxes, sentences = find_lungs(film), [], []
     for finding, side, zone in virtual_findings(rng):
-        film, mask = draw(film, finding, side, zone, rng, lungs=lungs)
+        film, mask = draw(film, finding, side, zone, rng, lungs, severity=float(rng.uniform(MIN_SEVERITY, 1)))
         rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         box = [round(float(edge) / RESOLUTION, 4) for edge in edges]
@@ -146,9 +147,9 @@ patient is shown, and nothing here is for diagnosis, nor for training or testing
 ![one row a finding](samples.png)
 
 `python -m assets.make_demo --seed {seed}`: normal films sampled from cxr-tiny ({steps} DPM-Solver++ steps, guidance
-{guidance:g}), a patient's later ones from the first with {strength:.0%} of the noise put back, and findings drawn in as
-`assets/drawing.py` describes, with what it leaves out. No caption that cxr-tiny was trained on named these findings, which
-is the point: what an adapter shows of them it learnt from these films.
+{guidance:g}), a patient's later ones from the first with {strength:.0%} of the noise put back, and findings of severity {severity:g} to 1
+drawn in as `assets/drawing.py` describes, with what it leaves out. No caption that cxr-tiny was trained on named these
+findings, which is the point: what an adapter shows of them it learnt from these films.
 
 `metadata.jsonl`, one row a film: `file_name`; `text`, the caption, which states each finding and its side, and nothing else;
 `patient_id`; `findings`; `boxes`, for each finding its side, its zone and `box`, the left, top, right and bottom edge of what
@@ -174,6 +175,7 @@ def card(args: argparse.Namespace, rows: list[dict]) -> str:
         steps=STEPS,
         guidance=GUIDANCE,
         strength=FOLLOW_UP_STRENGTH,
+        severity=MIN_SEVERITY,
         table="\n".join(lines),
     )
 
