@@ -58,7 +58,7 @@ bundled() {
 
 generate() {
     local patient="Chest radiograph of a child."
-    $python generate.py --pretrained_model_name_or_path $base --num_images 4 --batch_size 12 "$@" \
+    $python generate.py --pretrained_model_name_or_path $base --num_images 4 --batch_size 12 --guidance_scale 3 "$@" \
         --prompt "$patient No acute finding." \
         --prompt "$patient Left pleural effusion." \
         --prompt "$patient Right pneumothorax." \
@@ -71,16 +71,17 @@ bundled
 stage "set-up" .venv/installed constraints.txt install
 stage "films" $out/data/dataset.json assets/demo/metadata.jsonl \
     $python download.py --output_dir $out/data --cache_dir $out/cache
+# No caption is dropped: guidance leads away from what the model draws without one, and the base draws no findings
 stage "training" $run/README.md $out/data/dataset.json \
     $python train_lora.py --fold 0 --pretrained_model_name_or_path $base --train_data_dir $out/data \
     --cache_dir $out/cache --output_dir $run --max_train_steps 950 --validation_steps 950 \
-    --max_validation_samples 16 --rank 32 --learning_rate 3e-3 --adam_beta2 0.99 --box_loss_weight 0.5 \
+    --max_validation_samples 16 --rank 32 --learning_rate 3e-3 --adam_beta2 0.99 --box_loss_weight 0.4 --caption_dropout 0 \
     --validation_prompt "Chest radiograph of a child. Left pleural effusion." \
     --validation_prompt "Chest radiograph of a child. Right pacemaker."
 stage "films by the base" $out/images/base/contact_sheet.png $out/bundled.txt generate --output_dir $out/images/base
 stage "films by the adapter" $out/images/adapter/contact_sheet.png $adapter \
     generate --output_dir $out/images/adapter --lora $run
 stage "evaluation" $run/evaluation/metrics.json $adapter \
-    $python evaluate.py --lora $run --num_inference_steps 12 --max_films 40
+    $python evaluate.py --lora $run --num_inference_steps 12 --guidance_scale 3 --max_films 40
 stage "report" $out/report.html $run/evaluation/metrics.json $python -m launch.quickstart_page $out
 printf '\nopen %s/report.html\n' $out
