@@ -33,8 +33,8 @@ back, and mean something only between the floor (the mean training film in its p
 round trip). A free sample is not meant to be near any one film; those rows are there because people ask for them.</p>"""
 
 NEXT = """<ul>
-<li><b>Your own prompts</b>: <code>.venv/bin/python generate.py --lora out/quickstart/fold0 --prompt "Chest radiograph of a child.
-Right pneumothorax."</code></li>
+<li><b>Your own prompts</b>: <code>.venv/bin/python generate.py --lora out/quickstart/fold0 --guidance_scale 3 --prompt "Chest
+radiograph of a child. Right pneumothorax."</code></li>
 <li><b>Real films</b>: <code>.venv/bin/python download.py --list_sources</code> names them; then
 <code>.venv/bin/python train_lora.py --fold 0</code>, <code>generate.py</code> and <code>evaluate.py</code> work on
 <code>data/</code> as they did here on <code>out/quickstart/data/</code>. The README tells what each takes and writes.</li>
