@@ -39,6 +39,7 @@ from utils.pipeline import (
     canonical_name,
     cast_frozen,
     default_base,
+    fit_captions,
     load_base,
     put_on_adapter,
     sample,
@@ -175,6 +176,10 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"base {base_name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}"
     )
+
+    for prompt, fitted in zip(prompts, fit_captions(base.tokenizer, prompts), strict=True):
+        if fitted != prompt:
+            print(f"longer than {base.tokenizer.model_max_length} tokens, drawn from its beginning: {fitted}")
 
     # What is asked for, less what an earlier call of the same command has made
     images = [

@@ -56,6 +56,7 @@ from utils.pipeline import (
     canonical_name,
     cast_frozen,
     default_base,
+    fit_captions,
     load_base,
     sample,
     tokenize,
@@ -396,8 +397,12 @@ def main(args: argparse.Namespace) -> None:
     place = {row["file_name"]: i for i, row in enumerate(rows)}
 
     captions = [row["text"] for row in training_rows]
-    too_long = sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
-    say(f"{too_long} of {len(captions)} captions are cut at {tokenizer.model_max_length} tokens")
+    fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
+    shortened = sum(map(str.__ne__, captions, fitted))
+    cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
+    say(
+        f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within their first"
+    )
     if len(validation_rows) < accelerator.num_processes:
         raise Refused(
             f"{len(validation_rows)} validation films for {accelerator.num_processes} processes; expected one each"

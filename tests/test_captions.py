@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from utils.captions import caption
+from utils.captions import caption, fit
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,20 @@ def test_caption_invents_neither_side_nor_severity():
     for view, age, sex in itertools.product(("PA", "AP", None), (0, 5, 50, None), ("M", "F", None)):
         text = caption(view, age, sex, findings)
         assert not re.search(r"left|right|bilateral|mild|moderate|severe|normal|None|  ", text)
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize(
+    ("limit", "fitted"),
+    [
+        (9, "Left effusion. Nodule of 1.5 cm. Clear right lung."),  # as it is, to the space
+        (8, "Left effusion. Nodule of 1.5 cm."),
+        (5, "Left effusion."),
+        (1, "Left effusion."),  # never empty
+    ],
+)
+def test_a_long_caption_loses_whole_sentences_from_its_end(limit: int, fitted: str) -> None:
+    assert fit("Left effusion. Nodule of 1.5 cm. Clear right lung.", count_words, limit) == fitted

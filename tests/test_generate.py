@@ -116,3 +116,17 @@ def test_bad_input_is_refused_in_words(tiny_base: Path, tmp_path: Path, extra: l
     with pytest.raises(Refused, match=message):
         make(tiny_base, tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_long_prompt_is_fitted_as_captions_are_and_says_so(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sentence = "There is a left pleural effusion."
+    (long,) = make(tiny_base, tmp_path / "long", *asking(" ".join([sentence] * 40)))
+    said = capsys.readouterr().out
+    (fitted,) = [line for line in said.splitlines() if "longer than 77 tokens" in line]
+    kept = fitted.partition(": ")[2]
+    assert kept.endswith(sentence) and 1 < kept.count(sentence) < 40
+    (short,) = make(tiny_base, tmp_path / "short", *asking(kept))
+    assert "longer than" not in capsys.readouterr().out
+    np.testing.assert_array_equal(pixels(tmp_path / "long", long), pixels(tmp_path / "short", short))

@@ -1,6 +1,7 @@
-"""A sentence or two for a film of which only labels are known."""
+"""A sentence or two for a film of which only labels are known, and long captions fitted into a text encoder's window."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 VIEW_NAMES = {"PA": "PA", "AP": "AP", "LATERAL": "Lateral", "LL": "Lateral", "RL": "Lateral"}
 ADULT_AGE = 18  # years
@@ -53,3 +54,22 @@ def describe_findings(findings: Sequence[str]) -> str:
 def uncapitalised(name: str) -> str:
     """Return the name with a small first letter, unless its first word is an abbreviation such as "COVID-19"."""
     return name if name[1:2].isupper() else name[:1].lower() + name[1:]
+
+
+def fit(caption: str, count_tokens: Callable[[str], int], limit: int) -> str:
+    """Return a caption that fits, or as many of its first sentences as do, each whole.
+
+    The first sentence stays whatever its length; the tokenizer then cuts it.
+
+    Args:
+        caption: sentences, the most telling first.
+        count_tokens: of a text, those that begin and end it included.
+        limit: most tokens that the text encoder takes.
+    """
+    if count_tokens(caption) <= limit:
+        return caption
+    sentences = re.split(r"(?<=[.?!])\s+", caption)
+    kept = 1
+    while kept < len(sentences) and count_tokens(" ".join(sentences[: kept + 1])) <= limit:
+        kept += 1
+    return " ".join(sentences[:kept])

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from utils.captions import fit
 from utils.images import to_grey
 from utils.refusal import Refused
 
@@ -177,10 +178,19 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
     pipeline.set_adapters("adapter", scale)
 
 
+def fit_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """Return captions whose length the tokenizer takes, longer ones cut after a sentence; see `captions.fit`."""
+    limit = tokenizer.model_max_length
+    return [fit(caption, lambda text: len(tokenizer(text, verbose=False).input_ids), limit) for caption in captions]
+
+
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Return the tokens of captions, padded or cut to the model's length, int64 [N, L]."""
+    """Return the tokens of captions, fitted and padded to the model's length, int64 [N, L].
+
+    A sentence that is too long by itself is cut within.
+    """
     options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    return tokenizer(list(captions), return_tensors="pt", **options).input_ids
+    return tokenizer(fit_captions(tokenizer, captions), return_tensors="pt", **options).input_ids
 
 
 def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:
@@ -215,7 +225,7 @@ def sample(
 
     Each film has a CPU generator of its own and a short batch is filled up with copies of its last film, so that a
     film depends on its prompt and its seed, not on its neighbours. `StableDiffusionPipeline` called with the same
-    prompt and `generator=torch.Generator().manual_seed(seed)` gives the same film.
+    prompt and `generator=torch.Generator().manual_seed(seed)` gives the same film. Prompts are fitted as captions are.
 
     Args:
         prompts, seeds: one of each a film.
@@ -224,6 +234,7 @@ def sample(
         guidance_scale: weight of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is none.
         batch_size: films at a time.
     """
+    prompts = fit_captions(pipeline.tokenizer, prompts)
     for start in range(0, len(prompts), batch_size):
         chunk = range(start, min(start + batch_size, len(prompts)))
         filled = [*chunk, *[chunk[-1]] * (batch_size - len(chunk))]
