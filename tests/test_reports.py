@@ -1,0 +1,91 @@
+"""What a report says of one film, and nothing else. Hermetic; the sentences are made up."""
+
+import pytest
+
+from utils.reports import caption_sentences, sentences_of, sex_in
+
+
+@pytest.mark.parametrize(
+    ("section", "sentences"),
+    [
+        ("1. Small effusion. 2. Clear lungs 3) Normal heart", ["Small effusion.", "Clear lungs.", "Normal heart."]),
+        ("nodule of 1.5 cm.. and a scar", ["Nodule of 1.5 cm.", "A scar."]),
+        ("Seen by Dr. Someone. Clear.", ["Seen by Dr. Someone.", "Clear."]),
+        ("", []),
+        (" . ", []),
+    ],
+)
+def test_a_section_becomes_sentences(section: str, sentences: list[str]) -> None:
+    assert sentences_of(section) == sentences
+
+
+@pytest.mark.parametrize(
+    ("section", "sentences"),
+    [
+        ("Normal chest x-XXXX. Clear.", ["Normal chest.", "Clear."]),  # the token goes whole, its full stop stays
+        ("XXXX-year-old with XXXX, effusion.", ["With, effusion."]),
+        ("xxxx XXXX.", []),
+    ],
+)
+def test_no_deidentification_token_is_left(section: str, sentences: list[str]) -> None:
+    assert sentences_of(section) == sentences
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("Stable cardiomegaly.", "Cardiomegaly."),
+        ("Stable small effusion, unchanged from prior.", "Small effusion."),
+        ("Pacemaker on the left, in stable position.", "Pacemaker on the left."),
+        ("The heart is stable and within normal limits.", "The heart is within normal limits."),
+        ("Opacity at the right base again noted.", "Opacity at the right base."),
+        ("Clips of a previous coronary bypass.", "Clips of a previous coronary bypass."),
+    ],
+)
+def test_what_was_there_before_is_there_still(report: str, said: str) -> None:
+    """Leaving the sentence out would make a normal caption of a film that is not."""
+    assert caption_sentences("", report) == [said]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "The mediastinum is stable.",
+        "Interval resolution of the effusion.",
+        "Effusion, increased from the prior study.",
+        "The nodule seen previously has resolved.",
+        "XXXX are unremarkable.",
+        "Dr. XXXX was notified.",
+        "Recommend follow-up CT.",
+        "Correlate clinically.",
+        "History of sarcoidosis.",
+    ],
+)
+def test_what_no_single_film_shows_is_left_out(sentence: str) -> None:
+    assert caption_sentences(sentence, f"Clear lungs. {sentence}") == ["Clear lungs."]
+
+
+def test_the_impression_leads_and_normal_sentences_come_last() -> None:
+    findings = "No effusion. Rib fracture on the left. The heart is normal. Clear apices, but scars at the bases."
+    assert caption_sentences(findings, "Fracture. No effusion.") == [
+        "Fracture.",
+        "No effusion.",
+        "Rib fracture on the left.",
+        "Clear apices, but scars at the bases.",
+        "The heart is normal.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("indication", "sex"),
+    [
+        ("XXXX-year-old female with cough", "F"),
+        ("XXXX y/o M, dyspnea", "M"),
+        ("male infant", "M"),
+        ("Woman whose man smokes", None),
+        ("chest pain", None),
+        ("I am short of breath", None),
+    ],
+)
+def test_the_sex_is_what_the_indication_names(indication: str, sex: str | None) -> None:
+    assert sex_in(indication) == sex
