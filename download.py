@@ -21,17 +21,21 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 
+import httpx
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from utils.archives import unpack
 from utils.check import check_dataset
 from utils.fetch import (
+    Arriving,
     NotFetched,
     address_of,
     check_mirror,
@@ -41,14 +45,14 @@ from utils.fetch import (
     read_file,
 )
 from utils.files import append_jsonl, canonical_json, write_bytes, write_json, write_jsonl
-from utils.films import PREPROCESSING, Film, UnusableFilm, is_upsampled, prepare_film, thumbnail
+from utils.films import PREPROCESSING, UNKNOWN_VIEW, Film, UnusableFilm, is_upsampled, prepare_film, thumbnail
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, remove_others
 from utils.metadata import dataset_hash
 from utils.refusal import ArgumentParser, Refused, run
-from utils.sources import demo, folder, nih
+from utils.sources import demo, folder, nih, openi
 
-SOURCES = {source.NAME: source for source in (demo, nih, folder)}
+SOURCES = {source.NAME: source for source in (demo, openi, nih, folder)}
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 
@@ -106,7 +110,8 @@ def main(args: argparse.Namespace) -> int:
     with open_client(args.num_workers) as client:
         # What there is: the table of the source, before any film
         mirror = check_mirror(args.mirror) if args.mirror is not None else None
-        films = source.list_films(mirror, lambda name: read_file(client, mirror, name))
+        elsewhere = getattr(source, "ELSEWHERE", {}) if args.mirror == getattr(source, "MIRROR", None) else {}
+        films = source.list_films(mirror, lambda name: read_file(client, elsewhere.get(name, mirror), name))
         table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
         films = films[: args.limit]
         wanted, rejected = select_views(films, args.view)
@@ -123,18 +128,29 @@ def main(args: argparse.Namespace) -> int:
         lock = lock_journal(journal)
         done = claim_folder(args.output_dir, journal, asked, args.overwrite)
 
-        # Fetch and prepare the others, many at once
-        raw_dir = raw_folder(args.cache_dir, source.NAME, mirror)
+        # Fetch and prepare the others, many at once; an archive is read while it arrives, as far as the last film asked for
         stop = threading.Event()
+        raw_dir = args.cache_dir / "raw" / source.NAME / hashlib.sha256(mirror.encode()).hexdigest()[:16]
+        located = {film.file_name: locate(film, mirror, raw_dir, args.resolution) for film in wanted}
+        packed = [
+            film
+            for film in wanted
+            if film.archive is not None
+            and raw_dir in located[film.file_name][0].parents
+            and not is_finished(args.output_dir, film, located[film.file_name][1], done)
+        ]
+        unpacked = open_archives(packed, client, mirror, raw_dir, stop)
 
         def fetch(film: Film) -> tuple[Path | None, dict]:
-            path = raw_dir / film.path
-            address = address_of(mirror, film.path) if is_address(mirror) else None
-            origin = origin_of(address, path, args.resolution)
-            if is_finished(args.output_dir, film, origin, done):
+            path, origin = located[film.file_name]
+            if not is_address(mirror) and "file" not in origin:
+                raise NotFetched("not found")
+            if film.file_name in unpacked:
+                unpacked[film.file_name].result()
+            elif is_finished(args.output_dir, film, origin, done):
                 return None, origin
-            if address:
-                fetch_file(client, address, path, stop)
+            elif is_address(mirror):
+                fetch_file(client, address_of(mirror, film.path), path, stop)
             return path, origin
 
         def prepare(film: Film, path: Path | None, origin: dict) -> dict:
@@ -147,6 +163,8 @@ def main(args: argparse.Namespace) -> int:
                     path.unlink()  # it may have been cut short without a word: the next run fetches it again
                 raise
             write_bytes(args.output_dir / film.file_name, png)
+            if film.file_name in unpacked:
+                path.unlink()  # the archive is kept
             return {"file_name": film.file_name, "origin": origin, "sha256": hashlib.sha256(png).hexdigest(), **noted}
 
         results = {}
@@ -215,15 +233,20 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def select_views(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
-    """Return the films of the wanted view, and a row of `rejected.jsonl` for each other one.
+    """Return the films of the wanted view that have a caption, and a row of `rejected.jsonl` for each other one.
 
     A film whose view is not known counts as frontal: tables of frontal films often do not say so.
     """
-    wanted = [film for film in films if view == "all" or film.view is None or film.view in FRONTAL_VIEWS]
-    chosen = {film.source_id for film in wanted}
-    return wanted, [
-        {"source_id": film.source_id, "reason": "not frontal"} for film in films if film.source_id not in chosen
-    ]
+    wanted, rejected = [], []
+    for film in films:
+        if not film.text:
+            rejected.append({"source_id": film.source_id, "reason": "no text"})
+        elif view == "all" or film.view is None or film.view in FRONTAL_VIEWS:
+            wanted.append(film)
+        else:
+            reason = "view not known" if film.view == UNKNOWN_VIEW else "not frontal"
+            rejected.append({"source_id": film.source_id, "reason": reason})
+    return wanted, rejected
 
 
 def check_films(films: list[Film], num_folds: int) -> None:
@@ -249,27 +272,45 @@ def check_films(films: list[Film], num_folds: int) -> None:
         )
 
 
-def raw_folder(cache_dir: Path, source: str, mirror: str) -> Path:
-    """Return where raw films lie: a local mirror as it is, or a folder for each address (two may differ)."""
-    if not is_address(mirror):
-        return Path(mirror)
-    return cache_dir / "raw" / source / hashlib.sha256(mirror.encode()).hexdigest()[:16]
+def locate(film: Film, mirror: str, raw_dir: Path, resolution: int) -> tuple[Path, dict]:
+    """Return where a film's raw file is or will be, and what the finished film depends on.
 
-
-def origin_of(address: str | None, path: Path, resolution: int) -> dict:
-    """Return what the finished film depends on; a local film that was changed since is prepared again.
-
-    Raises:
-        NotFetched: where there is neither an address nor a file.
+    A film of a local mirror that was changed since, or whose archive was, is prepared again. One that is nowhere depends
+    on no file.
     """
-    if address is None:
-        if not path.is_file():
-            raise NotFetched("not found")
-        status = path.stat()
-        file = {"file": str(path.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    path = raw_dir / film.path
+    if is_address(mirror):
+        origin = {"address": address_of(mirror, film.archive or film.path)}
     else:
-        file = {"address": address}
-    return {**file, "resolution": resolution, "preprocessing": PREPROCESSING}
+        origin, unpacked, archive = {}, Path(mirror) / film.path, Path(mirror) / (film.archive or "")
+        if film.archive is None or unpacked.is_file() or not archive.is_file():
+            path = unpacked
+        source = path if path == unpacked else archive
+        if source.is_file():
+            status = source.stat()
+            origin = {"file": str(source.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if film.archive is not None and path == raw_dir / film.path:
+        origin["member"] = film.path
+    return path, {**origin, "resolution": resolution, "preprocessing": PREPROCESSING}
+
+
+def open_archives(
+    films: list[Film], client: httpx.Client, mirror: str, raw_dir: Path, stop: threading.Event
+) -> dict[str, Future]:
+    """Start to unpack films of a mirror's archives to `raw_dir`, and return by `file_name` what to wait for."""
+    waiting = {}
+    for archive in sorted({film.archive for film in films}):
+        members = {PurePosixPath(film.path).name: film for film in films if film.archive == archive}
+        if is_address(mirror):
+            name = address_of(mirror, archive)
+            opener = partial(Arriving, client, name, raw_dir / archive, stop)
+        else:
+            name = str(Path(mirror) / archive)
+            opener = partial(open, name, "rb")
+        wanted = {member: raw_dir / film.path for member, film in members.items()}
+        futures = unpack(name, opener, wanted, stop)
+        waiting |= {film.file_name: futures[member] for member, film in members.items()}
+    return waiting
 
 
 def fetch_and_prepare(

@@ -7,6 +7,7 @@ holds the version the server gave (ETag, date, size), so that two versions are n
 import hashlib
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -165,6 +166,21 @@ def fetch_once(
     client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
 ) -> None:
     """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
+    for part, total in receive(client, address, path, stop):  # noqa: B007
+        pass
+    check_whole(part, size, total, sha256)
+    part.replace(path)
+
+
+def receive(
+    client: httpx.Client, address: str, path: Path, stop: threading.Event
+) -> Iterator[tuple[Path, int | None]]:
+    """Ask for what is missing of a file and append it to its part.
+
+    Yields:
+        The part, and the size of the whole file where the server says it: when the server has answered, and again
+        whenever more of the file is on the disk.
+    """
     parts = path.parent / ".part"  # a folder of its own, so that looking for a part stays quick among many films
     parts.mkdir(exist_ok=True)
     known = sorted(candidate for candidate in parts.iterdir() if is_part_of(candidate, path))
@@ -187,13 +203,63 @@ def fetch_once(
         for stale in known:
             if stale != part:
                 stale.unlink()
-        with open(part, "ab" if start else "wb") as file:
+        with open(part, "ab" if start else "wb", buffering=0) as file:
+            yield part, total
             for block in response.iter_raw(1 << 16):
                 if stop.is_set():
                     raise Stopped
                 file.write(block)
-    check_whole(part, size, total, sha256)
-    part.replace(path)
+                yield part, total
+
+
+class Arriving:
+    """A file that can be read from its beginning while it is downloaded, as far as somebody reads.
+
+    What has come is kept as `fetch_file` keeps it: the same file asked for again is read from the disk first.
+    """
+
+    def __init__(self, client: httpx.Client, address: str, path: Path, stop: threading.Event):
+        self.client, self.address, self.path, self.stop = client, address, path, stop
+        self.whole, self.part, self.blocks = path.exists(), None, None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "rb") if self.whole else None
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, none at the end of the file.
+
+        Raises:
+            NotFetched: not there, not allowed, changed meanwhile, or still broken after several attempts.
+            Refused: where the host cannot be reached.
+        """
+        while True:
+            data = self.file.read(size) if self.file else b""
+            if data or self.whole:
+                return data
+            with_retries(self._grow, self.address, self.stop)
+
+    def _grow(self) -> None:
+        """Have one more block on the disk, or find that the file is whole."""
+        try:
+            self.blocks = self.blocks or receive(self.client, self.address, self.path, self.stop)
+            part, self.total = next(self.blocks)
+        except StopIteration:
+            self.blocks = None
+            check_whole(self.part, None, self.total, None)
+            self.part.replace(self.path)
+            self.whole = True
+        except BaseException:
+            self.blocks = None  # the next attempt asks anew
+            raise
+        else:
+            if self.part not in (None, part):
+                raise NotFetched("changed on the server")
+            self.part, self.file = part, self.file or open(part, "rb")
+
+    def close(self) -> None:
+        if self.blocks is not None:
+            self.blocks.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def is_part_of(candidate: Path, path: Path) -> bool:

@@ -21,6 +21,7 @@ COLOUR_SPREAD = 32  # grey levels between the channels of a pixel that is plainl
 MAX_COLOURED = 0.02  # share of such pixels; a small coloured mark on a film is below it, a screenshot above
 SCALE_PERCENTILES = (0.1, 99.9)
 THUMBNAIL_PX = 128
+UNKNOWN_VIEW = "UNKNOWN"  # of a film that may be lateral; None is that of a table which says nothing of views
 
 
 class UnusableFilm(ValueError):
@@ -32,7 +33,7 @@ class Film:
     """One film of a source: where it lies below the mirror, and what is known of it."""
 
     source_id: str
-    path: str  # below the mirror, with "/"
+    path: str  # below the mirror, with "/"; its last part is the member's name where the film lies in an archive
     file_name: str  # in the data folder
     text: str
     patient_id: str | None = None
@@ -41,10 +42,12 @@ class Film:
     age: int | None = None  # years
     sex: str | None = None  # "M" or "F"
     boxes: list[dict] | None = None  # of each finding: name, side, zone and box, left top right bottom as fractions
+    archive: str | None = None  # below the mirror, a tar; a film that lies unpacked at `path` is taken from there
 
     def described(self) -> dict:
-        """Return what the source's table says of it; boxes only where it has any, as most sources know none."""
-        return {name: value for name, value in vars(self).items() if name != "boxes" or value is not None}
+        """Return what the source's table says of it; boxes and archive only where it has any, as most have none."""
+        optional = ("boxes", "archive")
+        return {name: value for name, value in vars(self).items() if name not in optional or value is not None}
 
 
 def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:

@@ -1,0 +1,140 @@
+"""Films out of tar archives, from the disk and while they arrive from a server that breaks off."""
+
+import gzip
+import io
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_fetch import leftovers, server  # noqa: F401
+from utils.archives import MAX_MEMBER_BYTES, unpack
+from utils.fetch import Arriving, NotFetched, Stopped, open_client
+from utils.refusal import Refused
+
+FILMS = {f"film{i}.png": np.random.default_rng(i).bytes(200_000) for i in range(6)}
+
+
+def pack(members: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for member in more:
+            tar.addfile(member)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+def take_out(content: bytes, folder: Path, *names: str) -> dict:
+    return unpack("films.tgz", lambda: io.BytesIO(content), {name: folder / name for name in names}, threading.Event())
+
+
+def test_only_the_films_asked_for_come_out(tmp_path: Path) -> None:
+    content = pack({f"NLMCXR_png/{name}": film for name, film in FILMS.items()})
+    for name, future in take_out(content, tmp_path, "film1.png", "film4.png").items():
+        future.result(timeout=30)
+        assert (tmp_path / name).read_bytes() == FILMS[name]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_film_that_is_not_in_the_archive_is_not_fetched(tmp_path: Path) -> None:
+    futures = take_out(pack(FILMS), tmp_path, "film1.png", "film9.png")
+    futures["film1.png"].result(timeout=30)
+    with pytest.raises(NotFetched, match="not in its archive"):
+        futures["film9.png"].result(timeout=30)
+
+
+def test_films_that_are_there_already_need_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "film1.png").write_bytes(b"here")
+    take_out(b"no archive", tmp_path, "film1.png")["film1.png"].result(timeout=30)
+    assert (tmp_path / "film1.png").read_bytes() == b"here"
+
+
+def link(name: str, target: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member
+
+
+def test_nothing_in_an_archive_decides_where_a_file_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    outside = {"../escaped.png": b"1", "/tmp/../absolute.png": b"2", "../../film1.png": FILMS["film1.png"]}
+    content = pack(outside, link("film1.png", "/etc/passwd"), link("raw", str(tmp_path)))
+    take_out(content, folder, "film1.png")["film1.png"].result(timeout=30)
+    assert (folder / "film1.png").read_bytes() == FILMS["film1.png"]
+    assert not (folder / "film1.png").is_symlink()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["film1.png"]
+
+
+def bomb() -> bytes:
+    member = tarfile.TarInfo("bomb.png")
+    member.size = MAX_MEMBER_BYTES + 1
+    return gzip.compress(member.tobuf() + bytes(1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"not an archive at all" * 99, "cannot be unpacked"),
+        (b"", "cannot be unpacked"),
+        (pack(FILMS)[:500_000], "cannot be unpacked"),
+        (bomb(), "no film is that large"),
+    ],
+)
+def test_archives_that_cannot_be_used_are_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=reason):
+        take_out(content, tmp_path, "film5.png")["film5.png"].result(timeout=30)
+    assert not (tmp_path / "film5.png").exists()
+
+
+def take_from(server, folder: Path, *names: str, stop: threading.Event | None = None) -> dict:  # noqa: F811
+    """Unpack from the server's archive, and wait until all is decided."""
+    stop = stop or threading.Event()
+    with open_client(2) as client:
+
+        def open_archive() -> Arriving:
+            return Arriving(client, f"{server.address}/films.tgz", folder / "films.tgz", stop)
+
+        futures = unpack("films.tgz", open_archive, {name: folder / name for name in names}, stop)
+        return {name: future.exception(timeout=30) for name, future in futures.items()}
+
+
+@pytest.mark.parametrize("script", [[], ["breaks off", "breaks off"], [503, "breaks off", "ignores range"]])
+def test_films_come_out_while_the_archive_arrives(script: list, server, tmp_path: Path) -> None:  # noqa: F811
+    server.content, server.script = pack(FILMS), script
+    assert take_from(server, tmp_path, *FILMS) == dict.fromkeys(FILMS)
+    assert {name: (tmp_path / name).read_bytes() for name in FILMS} == FILMS
+
+
+def test_no_more_of_an_archive_is_fetched_than_its_films_need(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content = pack(FILMS | {"rest": np.random.default_rng(9).bytes(8_000_000)})
+    assert take_from(server, tmp_path, "film0.png") == {"film0.png": None}
+    (part,) = leftovers(tmp_path / "films.tgz")
+    assert 200_000 < part.stat().st_size < 2_000_000
+    had = part.stat().st_size
+    assert take_from(server, tmp_path, "film5.png") == {"film5.png": None}
+    assert server.ranges == [None, f"bytes={had}-"]  # what had come was read from the disk
+    assert (tmp_path / "film5.png").read_bytes() == FILMS["film5.png"]
+
+
+def test_a_stopped_run_ends_at_the_next_block(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content = pack(FILMS)
+    stop = threading.Event()
+    stop.set()
+    assert isinstance(take_from(server, tmp_path, "film0.png", stop=stop)["film0.png"], Stopped)
+
+
+def test_an_archive_that_changes_on_the_way_is_not_stitched_together(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content, server.script = pack(FILMS), ["breaks off"]
+    with open_client(2) as client:
+        file = Arriving(client, f"{server.address}/films.tgz", tmp_path / "films.tgz", threading.Event())
+        file.read(1000)
+        server.content, server.etag = server.content[::-1], '"two"'
+        with pytest.raises(NotFetched, match="changed on the server"):
+            while file.read(1 << 20):
+                pass
+        file.close()
