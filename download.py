@@ -20,8 +20,8 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.archives import unpack
+from utils.archives import Archive, Unpacker
 from utils.check import check_dataset
 from utils.fetch import (
     Arriving,
@@ -102,6 +102,7 @@ def main(args: argparse.Namespace) -> int:
     check_settings(args)
     source = SOURCES[args.source]
     args.resolution = args.resolution or getattr(source, "RESOLUTION", RESOLUTION)
+    addresses = {} if args.mirror else getattr(source, "ADDRESSES", {})  # --mirror replaces every host
     args.mirror = args.mirror or getattr(source, "MIRROR", None)
     print(source.TERMS, flush=True)
     if source.RESTRICTED and not args.accept_license:
@@ -110,8 +111,7 @@ def main(args: argparse.Namespace) -> int:
     with open_client(args.num_workers) as client:
         # What there is: the table of the source, before any film
         mirror = check_mirror(args.mirror) if args.mirror is not None else None
-        elsewhere = getattr(source, "ELSEWHERE", {}) if args.mirror == getattr(source, "MIRROR", None) else {}
-        films = source.list_films(mirror, lambda name: read_file(client, elsewhere.get(name, mirror), name))
+        films = source.list_films(mirror, lambda name: read_file(client, *place_of(name, mirror, addresses)))
         table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
         films = films[: args.limit]
         wanted, rejected = select_views(films, args.view)
@@ -128,32 +128,34 @@ def main(args: argparse.Namespace) -> int:
         lock = lock_journal(journal)
         done = claim_folder(args.output_dir, journal, asked, args.overwrite)
 
-        # Fetch and prepare the others, many at once; an archive is read while it arrives, as far as the last film asked for
+        # Fetch and prepare the others, many at once; an archive is read while it arrives, as far as its last wanted film
         stop = threading.Event()
         raw_dir = args.cache_dir / "raw" / source.NAME / hashlib.sha256(mirror.encode()).hexdigest()[:16]
         located = {film.file_name: locate(film, mirror, raw_dir, args.resolution) for film in wanted}
-        packed = [
-            film
-            for film in wanted
-            if film.archive is not None
-            and raw_dir in located[film.file_name][0].parents
-            and not is_finished(args.output_dir, film, located[film.file_name][1], done)
-        ]
-        unpacked = open_archives(packed, client, mirror, raw_dir, stop)
+        packed = {
+            path: film
+            for film, (path, origin) in zip(wanted, located.values(), strict=True)
+            if "member" in origin and not is_finished(args.output_dir, film, origin, done)
+        }
+        unpacker = Unpacker(archives_of(packed, client, mirror, addresses, raw_dir, stop), stop)
 
-        def fetch(film: Film) -> tuple[Path | None, dict]:
+        def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
             path, origin = located[film.file_name]
-            if not is_address(mirror) and "file" not in origin:
-                raise NotFetched("not found")
-            if film.file_name in unpacked:
-                unpacked[film.file_name].result()
-            elif is_finished(args.output_dir, film, origin, done):
-                return None, origin
-            elif is_address(mirror):
+            if is_finished(args.output_dir, film, origin, done):
+                return film, None
+            if not is_address(mirror):
+                return film, path if path.is_file() else NotFetched("not found")
+            try:
                 fetch_file(client, address_of(mirror, film.path), path, stop)
-            return path, origin
+            except NotFetched as failure:
+                return film, failure
+            return film, path
 
-        def prepare(film: Film, path: Path | None, origin: dict) -> dict:
+        def unpack() -> tuple[Film, Path | NotFetched]:
+            path, failure = unpacker.take()
+            return packed[path], failure or path
+
+        def prepare(film: Film, path: Path | None) -> dict:
             if path is None:
                 return done[film.file_name]
             try:
@@ -163,12 +165,15 @@ def main(args: argparse.Namespace) -> int:
                     path.unlink()  # it may have been cut short without a word: the next run fetches it again
                 raise
             write_bytes(args.output_dir / film.file_name, png)
-            if film.file_name in unpacked:
+            if path in packed:
                 path.unlink()  # the archive is kept
-            return {"file_name": film.file_name, "origin": origin, "sha256": hashlib.sha256(png).hexdigest(), **noted}
+            sha256 = hashlib.sha256(png).hexdigest()
+            return {"file_name": film.file_name, "origin": located[film.file_name][1], "sha256": sha256, **noted}
 
+        single = [film for film in wanted if located[film.file_name][0] not in packed]
+        tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
         results = {}
-        with closing(fetch_and_prepare(wanted, fetch, prepare, args.num_workers, stop)) as finished:
+        with closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
             for film, result in finished:
                 if isinstance(result, str):
                     rejected.append({"source_id": film.source_id, "reason": result})
@@ -294,29 +299,39 @@ def locate(film: Film, mirror: str, raw_dir: Path, resolution: int) -> tuple[Pat
     return path, {**origin, "resolution": resolution, "preprocessing": PREPROCESSING}
 
 
-def open_archives(
-    films: list[Film], client: httpx.Client, mirror: str, raw_dir: Path, stop: threading.Event
-) -> dict[str, Future]:
-    """Start to unpack films of a mirror's archives to `raw_dir`, and return by `file_name` what to wait for."""
-    waiting = {}
-    for archive in sorted({film.archive for film in films}):
-        members = {PurePosixPath(film.path).name: film for film in films if film.archive == archive}
+def place_of(name: str, mirror: str, addresses: dict[str, str]) -> tuple[str, str]:
+    """Return the mirror that holds a file, and its name there; `addresses` has those that lie elsewhere."""
+    if name not in addresses:
+        return mirror, name
+    base, _, there = addresses[name].rpartition("/")
+    return base, there
+
+
+def archives_of(
+    packed: dict[Path, Film],
+    client: httpx.Client,
+    mirror: str,
+    addresses: dict[str, str],
+    raw_dir: Path,
+    stop: threading.Event,
+) -> list[Archive]:
+    """Return the archives that hold some films, by name; `packed` says where each film goes."""
+    archives = []
+    for name in sorted({film.archive for film in packed.values()}):
+        wanted = {PurePosixPath(film.path).name: path for path, film in packed.items() if film.archive == name}
         if is_address(mirror):
-            name = address_of(mirror, archive)
-            opener = partial(Arriving, client, name, raw_dir / archive, stop)
+            address = address_of(*place_of(name, mirror, addresses))
+            opener = partial(Arriving, client, address, raw_dir / name, stop)
+            archives.append(Archive(address, opener, wanted))
         else:
-            name = str(Path(mirror) / archive)
-            opener = partial(open, name, "rb")
-        wanted = {member: raw_dir / film.path for member, film in members.items()}
-        futures = unpack(name, opener, wanted, stop)
-        waiting |= {film.file_name: futures[member] for member, film in members.items()}
-    return waiting
+            local = Path(mirror) / name
+            archives.append(Archive(str(local), partial(open, local, "rb"), wanted))
+    return archives
 
 
 def fetch_and_prepare(
-    films: list[Film],
-    fetch: Callable[[Film], tuple[Path, dict]],
-    prepare: Callable[[Film, Path, dict], dict],
+    tasks: Sequence[Callable[[], tuple[Film, Path | NotFetched | None]]],
+    prepare: Callable[[Film, Path | None], dict],
     num_workers: int,
     stop: threading.Event,
 ) -> Iterator[tuple[Film, dict | str]]:
@@ -325,30 +340,39 @@ def fetch_and_prepare(
     Threads wait for the network in one pool and decode in another, as many as there are cores (Pillow computes
     without the interpreter's lock). A bounded number of films is under way at any time. Any other error, or the end
     of the caller, stops both pools.
+
+    Args:
+        tasks: one a film; each returns a film with its raw file, with None where it is finished already, or with the
+            reason why there is none.
+        prepare: makes the finished film of the raw one.
     """
     fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
-    waiting, under_way = iter(films), {}
+    waiting, under_way = iter(tasks), {}
     num_fetched = 0
-    bar = tqdm(total=len(films), unit="film", disable=None)
+    bar = tqdm(total=len(tasks), unit="film", disable=None)
     try:
         while True:
-            while len(under_way) < 4 * num_workers and (film := next(waiting, None)) is not None:
-                under_way[fetchers.submit(fetch, film)] = (film, "fetch")
+            while len(under_way) < 4 * num_workers and (task := next(waiting, None)) is not None:
+                under_way[fetchers.submit(task)] = None
             if not under_way:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                film, stage = under_way.pop(future)
-                try:
-                    result = future.result()
-                except (NotFetched, UnusableFilm) as fault:
-                    result, stage = str(fault), "rejected"
-                if stage == "fetch":
-                    num_fetched += 1
-                    bar.set_postfix(fetched=num_fetched, refresh=False)
-                    under_way[preparers.submit(prepare, film, *result)] = (film, "prepare")
+                film = under_way.pop(future)
+                if film is None:
+                    film, path = future.result()
+                    if not isinstance(path, NotFetched):
+                        num_fetched += 1
+                        bar.set_postfix(fetched=num_fetched, refresh=False)
+                        under_way[preparers.submit(prepare, film, path)] = film
+                        continue
+                    result = str(path)
                 else:
-                    bar.update()
-                    yield film, result
+                    try:
+                        result = future.result()
+                    except UnusableFilm as fault:
+                        result = str(fault)
+                bar.update()
+                yield film, result
     finally:
         stop.set()
         fetchers.shutdown(cancel_futures=True)

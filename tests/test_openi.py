@@ -170,4 +170,5 @@ def test_the_address_of_the_tables_is_used_where_no_mirror_is_named(mirror: Path
     monkeypatch.setattr(openi, "MIRROR", str(mirror))
     argv = ["--source", "openi", "--accept_license", "--resolution", "64", "--output_dir", str(tmp_path / "data")]
     assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 0
-    assert dict(map(reversed, asked)) == {openi.REPORTS: str(mirror)} | openi.ELSEWHERE
+    tables = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
+    assert dict(map(reversed, asked)) == {openi.REPORTS: str(mirror), openi.HEADERS: tables, openi.CLUSTERS: tables}

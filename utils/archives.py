@@ -4,13 +4,16 @@ Nothing in an archive decides where a file goes: members are known by their plai
 caller said. Links, devices and members that nobody asked for stay in the archive.
 """
 
+import gzip
+import io
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from queue import Empty, Full, Queue
 from typing import Protocol
 
 from utils.fetch import NotFetched, Stopped
@@ -18,6 +21,9 @@ from utils.files import write_bytes
 from utils.refusal import Refused
 
 MAX_MEMBER_BYTES = 1 << 28  # four times the largest film in use; what is larger is a mistake or a bomb
+MAX_TABLE_BYTES = 1 << 28
+MAX_WAITING = 64  # films on the disk that nobody has taken yet
+PATIENCE_S = 0.1  # between looks at `stop`
 
 
 class Readable(Protocol):
@@ -26,47 +32,115 @@ class Readable(Protocol):
     def close(self) -> None: ...
 
 
-def unpack(
-    name: str, open_archive: Callable[[], Readable], wanted: Mapping[str, Path], stop: threading.Event
-) -> dict[str, Future]:
-    """Start to take films out of an archive, in a thread of its own, and return a future for each of them.
+@dataclass(frozen=True)
+class Archive:
+    """A tar archive, and which of its films are wanted.
 
-    Args:
-        name: of the archive, for messages.
-        open_archive: gives the archive's bytes, in order; it is read until the last film has been found.
+    Attributes:
+        name: for messages.
+        open: gives its bytes, in order; they are read until the last wanted film has been found.
         wanted: by plain file name of a member, where it goes. What is there already is not taken out again.
-        stop: set it from another thread to end at the next member.
-
-    Returns:
-        By plain file name. A result is None: the film is there. NotFetched: it is not in the archive. Refused: the
-        archive cannot be used. Stopped: it was told to.
     """
-    futures = {member: Future() for member in wanted}
-    missing = {member for member, path in wanted.items() if not path.exists()}
-    for member in wanted.keys() - missing:
-        futures[member].set_result(None)
 
-    def work() -> None:
+    name: str
+    open: Callable[[], Readable]
+    wanted: Mapping[str, Path]
+
+
+class Unpacker:
+    """Takes films out of archives, one archive after another, in a thread of its own, and hands them over as they come.
+
+    It rests while MAX_WAITING films are not taken, so that neither the disk nor the network runs ahead of the decoder.
+    """
+
+    def __init__(self, archives: Sequence[Archive], stop: threading.Event):
+        """Start to unpack; `stop`, set from another thread, ends it, and whoever waits, with Stopped."""
+        self._archives, self._stop = archives, stop
+        self._taken_out: Queue[tuple[Path, NotFetched | None]] = Queue(MAX_WAITING)
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._work, name="unpacking", daemon=True).start()
+
+    def take(self) -> tuple[Path, NotFetched | None]:
+        """Return the next film, and why it is not there, None where it is; to be called once a wanted film.
+
+        Raises:
+            Refused: for an archive that cannot be used.
+            Stopped: when told to stop.
+        """
+        while True:
+            try:
+                return self._taken_out.get(timeout=PATIENCE_S)
+            except Empty:
+                if self._failure is not None:
+                    raise self._failure from None
+                if self._stop.is_set():
+                    raise Stopped from None
+
+    def _work(self) -> None:
         try:
-            with closing(open_archive()) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                while missing and (member := tar.next()) is not None:
-                    if stop.is_set():
-                        raise Stopped
-                    if member.size > MAX_MEMBER_BYTES:
-                        raise Refused(f"{name}: {member.name[:100]} has {member.size} bytes; no film is that large")
-                    film = PurePosixPath(member.name).name
-                    if film in missing and member.isreg():
-                        write_bytes(wanted[film], tar.extractfile(member).read())
-                        missing.remove(film)
-                        futures[film].set_result(None)
-            failure = NotFetched("not in its archive")
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            failure = Refused(f"{name} cannot be unpacked ({error}); delete it, or check --mirror, and run this again")
-        except BaseException as error:  # whoever waits for a film gets it
-            failure = error
-        for film in missing:
-            futures[film].set_exception(failure)
+            for archive in self._archives:
+                missing = dict(archive.wanted)
+                failure = NotFetched("not in its archive")
+                try:
+                    for member in films_of(archive):
+                        self._hand_over(missing.pop(member), None)
+                except NotFetched as error:
+                    failure = error
+                for path in missing.values():
+                    self._hand_over(path, failure)
+        except BaseException as error:  # for whoever takes the next film
+            self._failure = error
 
-    if missing:
-        threading.Thread(target=work, name=f"unpacking {name}", daemon=True).start()
-    return futures
+    def _hand_over(self, path: Path, failure: NotFetched | None) -> None:
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                return self._taken_out.put((path, failure), timeout=PATIENCE_S)
+            except Full:
+                pass
+
+
+def films_of(archive: Archive) -> Iterator[str]:
+    """Put the wanted films of an archive where they go, and yield the plain name of each when it is there.
+
+    Raises:
+        NotFetched: where the archive does not come.
+        Refused: where it is none, is damaged, or has a member that is too large for a film.
+    """
+    missing = {member for member, path in archive.wanted.items() if not path.exists()}
+    yield from archive.wanted.keys() - missing
+    if not missing:
+        return
+    try:
+        with closing(archive.open()) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            while missing and (member := tar.next()) is not None:
+                if member.size > MAX_MEMBER_BYTES:
+                    raise Refused(
+                        f"{archive.name}: {member.name[:100]} has {member.size} bytes; no film is that large"
+                    )
+                film = PurePosixPath(member.name).name
+                if film in missing and member.isreg():
+                    write_bytes(archive.wanted[film], tar.extractfile(member).read())
+                    missing.remove(film)
+                    yield film
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise Refused(
+            f"{archive.name} cannot be unpacked ({error}); delete it, or check --mirror, and run this again"
+        ) from error
+
+
+def gunzip(name: str, content: bytes) -> bytes:
+    """Return what a gzipped table holds.
+
+    Raises:
+        Refused: where it is damaged, or larger than any table of films.
+    """
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            table = file.read(MAX_TABLE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{name} cannot be unpacked ({error}); fetch it again") from None
+    if len(table) > MAX_TABLE_BYTES:
+        raise Refused(f"{name} unpacks to more than {MAX_TABLE_BYTES} bytes; fetch it again")
+    return table

@@ -218,8 +218,9 @@ class Arriving:
     What has come is kept as `fetch_file` keeps it: the same file asked for again is read from the disk first.
     """
 
-    def __init__(self, client: httpx.Client, address: str, path: Path, stop: threading.Event):
-        self.client, self.address, self.path, self.stop = client, address, path, stop
+    def __init__(self, client: httpx.Client, address: str, path: Path, stop: threading.Event, md5: str | None = None):
+        """Read the file at `address`; `path`, `stop` are those of `fetch_file`, `md5` is that of the whole file."""
+        self.client, self.address, self.path, self.stop, self.md5 = client, address, path, stop, md5
         self.whole, self.part, self.blocks = path.exists(), None, None
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "rb") if self.whole else None
@@ -245,6 +246,9 @@ class Arriving:
         except StopIteration:
             self.blocks = None
             check_whole(self.part, None, self.total, None)
+            if self.md5 is not None and md5_file(self.part) != self.md5:
+                self.part.unlink()
+                raise NotFetched("wrong MD5") from None
             self.part.replace(self.path)
             self.whole = True
         except BaseException:
@@ -260,6 +264,15 @@ class Arriving:
             self.blocks.close()
         if self.file is not None:
             self.file.close()
+
+
+def md5_file(path: Path) -> str:
+    """Return the MD5 of a file as 32 hexadecimal digits: what publishers of large archives give."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_part_of(candidate: Path, path: Path) -> bool:

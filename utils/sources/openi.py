@@ -1,6 +1,5 @@
 """Open-i, Indiana University: 7,470 films of 3,851 patients with the radiologist's report, one study a patient."""
 
-import gzip
 import io
 import re
 import tarfile
@@ -8,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from xml.etree import ElementTree
 
+from utils.archives import MAX_TABLE_BYTES, gunzip
 from utils.captions import caption
 from utils.films import UNKNOWN_VIEW, Film
 from utils.metadata import parse_table
@@ -30,11 +30,9 @@ FILMS = "NLMCXR_png.tgz"
 # Of the DICOM originals, and where those are silent (one in three) from films that lie close together in t-SNE
 HEADERS = "nlmcxr_dicom_metadata.csv.gz"
 CLUSTERS = "nlmcxr_tsne_pa.csv.gz"
-ELSEWHERE = dict.fromkeys(
-    (HEADERS, CLUSTERS), "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
-)
+TABLES_AT = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
+ADDRESSES = {name: f"{TABLES_AT}/{name}" for name in (HEADERS, CLUSTERS)}  # where no --mirror is named
 VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL"}
-MAX_UNPACKED_BYTES = 1 << 28  # the reports are 20 MB, the larger table 5
 
 
 def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Film]:
@@ -53,7 +51,7 @@ def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Fi
     contents = {name: read_file(name) for name in (REPORTS, HEADERS, CLUSTERS)}
     for name, content in contents.items():
         if content is None:
-            there = f"; it is at {ELSEWHERE[name]}/{name}" if name in ELSEWHERE else ""
+            there = f"; it is at {ADDRESSES[name]}" if name in ADDRESSES else ""
             raise Refused(f"--mirror {mirror} holds no {name}{there}")
     headers = {row["imageid"]: row["View Position"] for row in read_rows(HEADERS, contents[HEADERS], "View Position")}
     clusters = {row["imageid"]: row["tsne-view"] for row in read_rows(CLUSTERS, contents[CLUSTERS], "tsne-view")}
@@ -86,12 +84,7 @@ def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Fi
 
 def read_rows(name: str, content: bytes, column: str) -> list[dict]:
     """Return the rows of a gzipped CSV table of films."""
-    try:
-        with gzip.open(io.BytesIO(content)) as file:
-            table = file.read(MAX_UNPACKED_BYTES)
-    except (OSError, EOFError, zlib.error) as error:
-        raise Refused(f"{name} cannot be unpacked ({error}); fetch it again") from None
-    return parse_table(name.removesuffix(".gz"), table, ("imageid", column))
+    return parse_table(name.removesuffix(".gz"), gunzip(name, content), ("imageid", column))
 
 
 def read_reports(content: bytes) -> Iterator[tuple[str, bytes]]:
@@ -101,8 +94,8 @@ def read_reports(content: bytes) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r|gz") as tar:
             for member in tar:
                 size += member.size
-                if size > MAX_UNPACKED_BYTES:
-                    raise Refused(f"{REPORTS} unpacks to more than {MAX_UNPACKED_BYTES} bytes; fetch it again")
+                if size > MAX_TABLE_BYTES:
+                    raise Refused(f"{REPORTS} unpacks to more than {MAX_TABLE_BYTES} bytes; fetch it again")
                 if member.isreg() and member.name.endswith(".xml"):
                     yield member.name, tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error) as error:
