@@ -137,7 +137,8 @@ def main(args: argparse.Namespace) -> int:
             for film, (path, origin) in zip(wanted, located.values(), strict=True)
             if "member" in origin and not is_finished(args.output_dir, film, origin, done)
         }
-        unpacker = Unpacker(archives_of(packed, client, mirror, addresses, raw_dir, stop), stop)
+        md5s = getattr(source, "MD5S", {})
+        unpacker = Unpacker(archives_of(packed, client, mirror, addresses, md5s, raw_dir, stop), stop)
 
         def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
             path, origin = located[film.file_name]
@@ -181,6 +182,7 @@ def main(args: argparse.Namespace) -> int:
                     results[film.file_name] = result
                     if done.get(film.file_name) != result:
                         append_jsonl(journal, [result])
+            unpacker.finish()
 
     # Rows, folds, and what there is to say about the set
     kept = [film for film in wanted if film.file_name in results]
@@ -312,6 +314,7 @@ def archives_of(
     client: httpx.Client,
     mirror: str,
     addresses: dict[str, str],
+    md5s: dict[str, str],
     raw_dir: Path,
     stop: threading.Event,
 ) -> list[Archive]:
@@ -321,7 +324,7 @@ def archives_of(
         wanted = {PurePosixPath(film.path).name: path for path, film in packed.items() if film.archive == name}
         if is_address(mirror):
             address = address_of(*place_of(name, mirror, addresses))
-            opener = partial(Arriving, client, address, raw_dir / name, stop)
+            opener = partial(Arriving, client, address, raw_dir / name, stop, md5s.get(name))
             archives.append(Archive(address, opener, wanted))
         else:
             local = Path(mirror) / name

@@ -16,7 +16,7 @@ import pytest
 
 from tests.test_fetch import leftovers, server  # noqa: F401
 from utils.archives import MAX_MEMBER_BYTES, MAX_WAITING, Archive, Unpacker
-from utils.fetch import Arriving, NotFetched, Stopped, open_client
+from utils.fetch import LITTLE_BYTES, Arriving, NotFetched, Stopped, open_client
 from utils.refusal import Refused
 
 FILMS = {f"film{i}.png": np.random.default_rng(i).bytes(200_000) for i in range(6)}
@@ -133,7 +133,9 @@ def take_from(server, folder: Path, *names: str, **more) -> dict[str, NotFetched
     with open_client(2) as client:
         opener = partial(Arriving, client, f"{server.address}/films.tgz", folder / "films.tgz", stop, **more)
         unpacker = Unpacker([Archive("films.tgz", opener, paths(folder, names))], stop)
-        return {path.name: failure for path, failure in (unpacker.take() for _ in names)}
+        came = {path.name: failure for path, failure in (unpacker.take() for _ in names)}
+        unpacker.finish()
+        return came
 
 
 @pytest.mark.parametrize("script", [[], ["breaks off", "breaks off"], [503, "breaks off", "ignores range"]])
@@ -144,7 +146,7 @@ def test_films_come_out_while_the_archive_arrives(script: list, server, tmp_path
 
 
 def test_no_more_of_an_archive_is_fetched_than_its_films_need(server, tmp_path: Path) -> None:  # noqa: F811
-    server.content = pack(FILMS | {"rest": np.random.default_rng(9).bytes(8_000_000)})
+    server.content = pack(FILMS | {"rest": np.random.default_rng(9).bytes(2 * LITTLE_BYTES)})
     assert take_from(server, tmp_path, "film0.png") == {"film0.png": None}
     (part,) = leftovers(tmp_path / "films.tgz")
     assert 200_000 < part.stat().st_size < 2_000_000
@@ -154,12 +156,18 @@ def test_no_more_of_an_archive_is_fetched_than_its_films_need(server, tmp_path: 
     assert (tmp_path / "film5.png").read_bytes() == FILMS["film5.png"]
 
 
+def test_an_archive_that_is_nearly_there_is_made_whole(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content = pack(FILMS)
+    take_from(server, tmp_path, "film0.png")
+    assert (tmp_path / "films.tgz").read_bytes() == server.content and not leftovers(tmp_path / "films.tgz")
+
+
 def test_a_whole_archive_is_compared_with_what_is_published(server, tmp_path: Path) -> None:  # noqa: F811
     server.content = pack(FILMS)
     with open_client(2) as client:
         for md5, kept in (("0" * 32, False), (hashlib.md5(server.content).hexdigest(), True)):
             file = Arriving(client, f"{server.address}/a.tgz", tmp_path / "a.tgz", threading.Event(), md5)
-            with nullcontext() if kept else pytest.raises(NotFetched, match="wrong MD5"):
+            with nullcontext() if kept else pytest.raises(Refused, match="published as 000"):
                 while file.read(1 << 20):
                     pass
             file.close()

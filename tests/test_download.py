@@ -385,7 +385,6 @@ def test_a_fault_in_a_worker_thread_ends_the_run(tmp_path, monkeypatch):
     ("argv", "message"),
     [
         (["--source", "mimic"], "--source mimic is not known; the sources are"),
-        (["--source", "nih"], "45 GB"),
         (["--source", "folder"], "needs --mirror"),
         (["--source", "folder", "--mirror", "/no/such/folder"], "is not a folder"),
         (["--source", "nih", "--mirror", "http://127.0.0.1:9"], "cannot connect"),

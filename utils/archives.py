@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
 from typing import Protocol
 
-from utils.fetch import NotFetched, Stopped
+from utils.fetch import Arriving, NotFetched, Stopped
 from utils.files import write_bytes
 from utils.refusal import Refused
 
@@ -27,6 +27,8 @@ PATIENCE_S = 0.1  # between looks at `stop`
 
 
 class Readable(Protocol):
+    """What an archive is read from: a file, or `fetch.Arriving`."""
+
     def read(self, size: int) -> bytes: ...
 
     def close(self) -> None: ...
@@ -58,7 +60,8 @@ class Unpacker:
         self._archives, self._stop = archives, stop
         self._taken_out: Queue[tuple[Path, NotFetched | None]] = Queue(MAX_WAITING)
         self._failure: BaseException | None = None
-        threading.Thread(target=self._work, name="unpacking", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="unpacking", daemon=True)
+        self._thread.start()
 
     def take(self) -> tuple[Path, NotFetched | None]:
         """Return the next film, and why it is not there, None where it is; to be called once a wanted film.
@@ -75,6 +78,12 @@ class Unpacker:
                     raise self._failure from None
                 if self._stop.is_set():
                     raise Stopped from None
+
+    def finish(self) -> None:
+        """Wait for the end, when all films have been taken, and raise what went wrong after the last of them."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _work(self) -> None:
         try:
@@ -124,6 +133,8 @@ def films_of(archive: Archive) -> Iterator[str]:
                     write_bytes(archive.wanted[film], tar.extractfile(member).read())
                     missing.remove(film)
                     yield film
+            if isinstance(file, Arriving):
+                file.finish()
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise Refused(
             f"{archive.name} cannot be unpacked ({error}); delete it, or check --mirror, and run this again"

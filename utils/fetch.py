@@ -20,6 +20,7 @@ TIMEOUT_S = 20.0  # without a single byte
 MAX_WAIT_S = 30.0
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
+LITTLE_BYTES = 1 << 22
 
 
 class NotFetched(Exception):
@@ -221,7 +222,7 @@ class Arriving:
     def __init__(self, client: httpx.Client, address: str, path: Path, stop: threading.Event, md5: str | None = None):
         """Read the file at `address`; `path`, `stop` are those of `fetch_file`, `md5` is that of the whole file."""
         self.client, self.address, self.path, self.stop, self.md5 = client, address, path, stop, md5
-        self.whole, self.part, self.blocks = path.exists(), None, None
+        self.whole, self.part, self.total, self.blocks = path.exists(), None, None, None
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "rb") if self.whole else None
 
@@ -230,7 +231,7 @@ class Arriving:
 
         Raises:
             NotFetched: not there, not allowed, changed meanwhile, or still broken after several attempts.
-            Refused: where the host cannot be reached.
+            Refused: where the host cannot be reached, or the whole file has another MD5.
         """
         while True:
             data = self.file.read(size) if self.file else b""
@@ -246,9 +247,11 @@ class Arriving:
         except StopIteration:
             self.blocks = None
             check_whole(self.part, None, self.total, None)
-            if self.md5 is not None and md5_file(self.part) != self.md5:
+            if self.md5 is not None and (found := md5_file(self.part)) != self.md5:
                 self.part.unlink()
-                raise NotFetched("wrong MD5") from None
+                raise Refused(
+                    f"{self.address}: MD5 {found}, published as {self.md5}; the file was deleted, run this again"
+                ) from None
             self.part.replace(self.path)
             self.whole = True
         except BaseException:
@@ -258,6 +261,11 @@ class Arriving:
             if self.part not in (None, part):
                 raise NotFetched("changed on the server")
             self.part, self.file = part, self.file or open(part, "rb")
+
+    def finish(self) -> None:
+        """Have the rest, too, if it is little: a file that is whole is checked, and not asked for again."""
+        while not self.whole and self.total is not None and self.total - self.part.stat().st_size < LITTLE_BYTES:
+            with_retries(self._grow, self.address, self.stop)
 
     def close(self) -> None:
         if self.blocks is not None:

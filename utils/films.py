@@ -45,9 +45,9 @@ class Film:
     archive: str | None = None  # below the mirror, a tar; a film that lies unpacked at `path` is taken from there
 
     def described(self) -> dict:
-        """Return what the source's table says of it; boxes and archive only where it has any, as most have none."""
-        optional = ("boxes", "archive")
-        return {name: value for name, value in vars(self).items() if name not in optional or value is not None}
+        """Return what the source's table says of it; boxes only where it has any, as most sources know none."""
+        described = {name: value for name, value in vars(self).items() if name != "archive"}
+        return {name: value for name, value in described.items() if name != "boxes" or value is not None}
 
 
 def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
