@@ -18,7 +18,7 @@ SCRIPTS = ("download", "train_lora", "generate", "evaluate")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "bitsandbytes", "xformers"}
 LAYERS = {
     0: {
-        "archives", "captions", "card", "check", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
+        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
         "refusal", "report", "reports", "runlog", "seeding", "sources", "sources.demo", "sources.folder", "sources.nih", "sources.openi",
     },
     1: {"boxes", "diffusion", "distances", "hardware", "images", "metrics"},

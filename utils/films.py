@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.dicom import UnreadableDicom, is_dicom, read_dicom
+
 PREPROCESSING = 1  # raise it when the same film gives other pixels: older sets are then made again, not mixed
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow would also run Ghostscript on an EPS file
@@ -74,8 +76,8 @@ def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
 def decode_film(path: Path) -> np.ndarray:
     """Decode a film to 8-bit grey, upright as its EXIF orientation says.
 
-    8-bit grey values are kept as they are. Alpha that is opaque everywhere is dropped, any other is composited on
-    black. More than 8 bits are scaled to 8, see `scale_to_8_bit`.
+    8-bit grey values are kept as they are, and so is the grey scale that a DICOM file asks for. Alpha that is opaque
+    everywhere is dropped, any other is composited on black. More than 8 bits are scaled to 8, see `scale_to_8_bit`.
 
     Returns:
         Grey levels, uint8, [H, W].
@@ -83,17 +85,35 @@ def decode_film(path: Path) -> np.ndarray:
     Raises:
         UnusableFilm: unreadable, truncated, absurdly large, tiny, blank or coloured.
     """
-    image = load_image(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        levels = np.asarray(image)
-        # Pillow turns the grey scale of such a TIFF round for 8 bits only
-        white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
-        grey = scale_to_8_bit(65535 - levels if white_is_zero else levels)
+    if path.is_file() and is_dicom(path):
+        grey = show_dicom(path)
     else:
-        grey = flatten(image)
+        image = load_image(path)
+        if image.mode.startswith("I") or image.mode == "F":
+            levels = np.asarray(image)
+            # Pillow turns the grey scale of such a TIFF round for 8 bits only
+            white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+            grey = scale_to_8_bit(65535 - levels if white_is_zero else levels)
+        else:
+            grey = flatten(image)
     if grey.std() < 1:
         raise UnusableFilm("blank")
     return grey
+
+
+def show_dicom(path: Path) -> np.ndarray:
+    """Return a DICOM film as 8-bit grey, uint8 [H, W]: by its own grey scale, or else as `scale_to_8_bit` does."""
+    try:
+        levels, limits = read_dicom(path, MAX_PIXELS)
+    except UnreadableDicom as fault:
+        raise UnusableFilm(str(fault)) from None
+    if min(levels.shape[:2]) < MIN_SIDE_PX:
+        raise UnusableFilm(f"smaller than {MIN_SIDE_PX} px")
+    if levels.ndim == 3:
+        return flatten(Image.fromarray(levels))
+    if not np.isfinite(levels).all():
+        raise UnusableFilm("cannot be decoded")
+    return scale_to_8_bit(levels - levels.min()) if limits is None else stretch(levels, *limits)
 
 
 def load_image(path: Path) -> Image.Image:
@@ -171,6 +191,11 @@ def scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
         low, high = levels.min(), levels.max()
     if high == low:
         raise UnusableFilm("blank")
+    return stretch(levels, low, high)
+
+
+def stretch(levels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return levels as 8-bit grey, uint8: `low` and what is below is black, `high` and what is above is white."""
     scaled = (levels - np.float64(low)) * (255 / (np.float64(high) - low))
     return np.round(scaled.clip(0, 255)).astype(np.uint8)
 

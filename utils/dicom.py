@@ -1,0 +1,118 @@
+"""DICOM films to grey levels, in the order of PS3.4 N.2: stored values, Modality LUT, VOI LUT or window, polarity.
+
+Read with pydicom and its plug-ins for JPEG, JPEG-LS, JPEG 2000 and RLE. Pixels come out of a file, and nothing of its header.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pydicom.config
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing, pixel_array
+from pydicom.uid import JPEGExtended12Bit
+
+# Many files break the standard in elements that are not used here. For all threads at once: a filter within one leaks
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+warnings.filterwarnings("ignore", module="pydicom")
+
+MAGIC_AT, MAGIC = 128, b"DICM"
+BEYOND = np.array([-1e12, 1e12])  # every window: what it makes of them are the levels of black and white
+
+
+class UnreadableDicom(ValueError):
+    """A DICOM file without a film that can be shown; the message is the reason."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM files do."""
+    with open(path, "rb") as file:
+        return file.read(MAGIC_AT + len(MAGIC))[MAGIC_AT:] == MAGIC
+
+
+def read_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """Return a film as it is to be shown: what is bright is dense, whatever the polarity of the file.
+
+    A VOI LUT, or else the first window, is the grey scale that the film was meant to be read with, and is kept.
+
+    Args:
+        max_pixels: of a film; a larger one is not decoded.
+
+    Returns:
+        Levels, float64 [H, W], and those of black and white, None where the file does not say; of a colour picture
+        RGB, uint8 [H, W, 3], and None.
+
+    Raises:
+        UnreadableDicom: no film, several frames, too large, or damaged.
+    """
+    try:
+        return decode_dicom(path, max_pixels)
+    except UnreadableDicom:
+        raise
+    except Exception as error:  # a damaged file makes pydicom and its plug-ins raise almost anything
+        raise UnreadableDicom("cannot be decoded") from error
+
+
+def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """As `read_dicom`, but a damaged file raises whatever pydicom makes of it."""
+    dataset = pydicom.dcmread(path)
+    height, width, frames = (int(dataset.get(name) or 0) for name in ("Rows", "Columns", "NumberOfFrames"))
+    if "PixelData" not in dataset or not height * width:
+        raise UnreadableDicom("no film in it")
+    if frames > 1:
+        raise UnreadableDicom("several frames")
+    if height * width > max_pixels:
+        raise UnreadableDicom("too large")
+    try:
+        stored = pixel_array(dataset)  # [H, W], or [H, W, 3] of a colour picture
+    except Exception as error:
+        if dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and dataset.BitsStored > 8:
+            raise UnreadableDicom("12-bit lossy JPEG, which needs pip install pylibjpeg-libjpeg") from error
+        raise
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        colours = apply_color_lut(stored, dataset)
+        return (colours >> (8 * (colours.itemsize - 1))).astype(np.uint8), None
+    if stored.ndim == 3:
+        return (stored >> max(0, dataset.BitsStored - 8)).astype(np.uint8), None
+
+    levels, limits = apply_voi(np.asarray(apply_modality_lut(stored, dataset), np.float64), dataset)
+    # One statement in two places: PS3.3 C.8.11.3 allows INVERSE with MONOCHROME1 only
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
+        levels = -levels
+        limits = limits and (-limits[1], -limits[0])
+    padding = is_padding(stored, dataset)
+    if padding.any() and not padding.all():
+        levels[padding] = levels[~padding].min()  # black, also where the film was inverted
+    return levels, limits
+
+
+def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """Return levels after the VOI LUT or the window, and the levels of black and white, None without either."""
+    tables = dataset.get("VOILUTSequence")
+    if tables and tables[0].get("LUTData") is not None:
+        # Not pydicom's own: it counts the places of an 8-bit table in 8 bits, so that more than 256 of them wrap round
+        count, first, _ = tables[0].LUTDescriptor
+        data = tables[0].LUTData
+        if isinstance(data, bytes):
+            data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] is not False else ">u2")
+        table = np.asarray(data, np.float64)[: count or 1 << 16]
+        places = np.clip(np.rint(levels) - first, 0, len(table) - 1).astype(int)
+        if table.max() > table.min():
+            # The table's own range: 12 bits in a table that is declared to have 16 are not a dark film
+            return table[places], (float(table.min()), float(table.max()))
+    if dataset.get("WindowCenter") is not None and float(np.ravel(dataset.get("WindowWidth") or 0)[0]) >= 1:
+        black, white = apply_windowing(BEYOND, dataset)
+        return apply_windowing(levels, dataset), (float(black), float(white))
+    if dataset.BitsStored == 8 and not dataset.PixelRepresentation and "RescaleSlope" not in dataset:
+        return levels, (0.0, 255.0)
+    return levels, None
+
+
+def is_padding(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+    """Return which pixels were filled in to make the film a rectangle, bool [H, W]."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(value), int(value if limit is None else limit)))
+    return (stored >= low) & (stored <= high)
