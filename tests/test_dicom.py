@@ -202,18 +202,35 @@ def test_other_things_that_dicom_files_hold(name: str, reason: str) -> None:
         decode_film(Path(get_testdata_file(name, download=False)))
 
 
-def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
-    content = save(tmp_path, chest(12), 12, WindowCenter=2048, WindowWidth=4096).read_bytes()
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("syntax", [None, RLELossless, JPEGLSLossless, "MR_small_jp2klossless.dcm"])
+def test_damaged_files_never_raise_anything_else(tmp_path: Path, syntax: str | None) -> None:
+    """Nor end the process, as some decoders do."""
+    path = save(tmp_path, chest(12), 12, WindowCenter=2048, WindowWidth=4096)
+    if syntax in (RLELossless, JPEGLSLossless):
+        dataset = pydicom.dcmread(path)
+        dataset.compress(syntax)
+        dataset.save_as(path, enforce_file_format=True)
+    elif syntax is not None:
+        path = Path(get_testdata_file(syntax, download=False))
+    content, rng = np.frombuffer(path.read_bytes(), np.uint8), np.random.default_rng(0)
     rejected = 0
-    for _ in range(300):
-        damaged = np.frombuffer(content, np.uint8).copy()
-        places = rng.integers(132, 900, size=rng.integers(1, 6))  # the header
+    for i in range(200):
+        damaged = content.copy()
+        places = rng.integers(132, 1200 if i % 2 else len(content), size=rng.integers(1, 6))  # the header, or anywhere
         damaged[places] = rng.integers(256, size=len(places))
-        path = tmp_path / "damaged.dcm"
-        path.write_bytes(damaged.tobytes())
+        (tmp_path / "damaged.dcm").write_bytes(damaged.tobytes())
         try:
-            decode_film(path)
+            decode_film(tmp_path / "damaged.dcm")
         except UnusableFilm:
             rejected += 1
-    assert 0 < rejected < 300
+    assert 0 < rejected < 200
+
+
+@pytest.mark.parametrize("place", [None, 4000, 5000, 6000])
+def test_lossless_jpeg_is_read_in_a_process_that_may_fall(tmp_path: Path, place: int | None) -> None:
+    content = bytearray(Path(get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)).read_bytes())
+    if place is not None:
+        content[place : place + 40] = bytes(range(40, 80))
+    (tmp_path / "film.dcm").write_bytes(content)
+    with pytest.raises(UnusableFilm, match="colour picture" if place is None else "colour picture|cannot be decoded"):
+        decode_film(tmp_path / "film.dcm")

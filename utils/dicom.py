@@ -3,6 +3,9 @@
 Read with pydicom and its plug-ins for JPEG, JPEG-LS, JPEG 2000 and RLE. Pixels come out of a file, and nothing of its header.
 """
 
+import io
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,11 +13,35 @@ import numpy as np
 import pydicom
 import pydicom.config
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing, pixel_array
-from pydicom.uid import JPEGExtended12Bit
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 # Many files break the standard in elements that are not used here. For all threads at once: a filter within one leaks
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 warnings.filterwarnings("ignore", module="pydicom")
+
+# One for each compression, and of those that can read it one that survives damaged files. GDCM does not: it ends the
+# process, so what it alone can read it reads in a process of its own
+PLUGINS = {
+    **dict.fromkeys((JPEGBaseline8Bit, JPEGExtended12Bit), "pillow"),
+    **dict.fromkeys((JPEGLSLossless, JPEGLSNearLossless), "pyjpegls"),
+    **dict.fromkeys((JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL), "pylibjpeg"),
+    RLELossless: "pydicom",
+}
+ISOLATED = (JPEGLossless, JPEGLosslessSV1)
+ISOLATED_S = 60.0  # longest that a film may take there
 
 MAGIC_AT, MAGIC = 128, b"DICM"
 BEYOND = np.array([-1e12, 1e12])  # every window: what it makes of them are the levels of black and white
@@ -63,12 +90,7 @@ def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, 
         raise UnreadableDicom("several frames")
     if height * width > max_pixels:
         raise UnreadableDicom("too large")
-    try:
-        stored = pixel_array(dataset)  # [H, W], or [H, W, 3] of a colour picture
-    except Exception as error:
-        if dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and dataset.BitsStored > 8:
-            raise UnreadableDicom("12-bit lossy JPEG, which needs pip install pylibjpeg-libjpeg") from error
-        raise
+    stored = decompress(path, dataset)  # [H, W], or [H, W, 3] of a colour picture
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         colours = apply_color_lut(stored, dataset)
         return (colours >> (8 * (colours.itemsize - 1))).astype(np.uint8), None
@@ -84,6 +106,21 @@ def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, 
     if padding.any() and not padding.all():
         levels[padding] = levels[~padding].min()  # black, also where the film was inverted
     return levels, limits
+
+
+def decompress(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
+    """Return the stored values of a file's only frame, [H, W] or RGB [H, W, 3]."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax in ISOLATED:
+        command = [sys.executable, __file__, str(path.absolute())]
+        done = subprocess.run(command, capture_output=True, timeout=ISOLATED_S, check=True)
+        return np.load(io.BytesIO(done.stdout), allow_pickle=False)
+    if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:
+        try:
+            return pixel_array(dataset, decoding_plugin="pylibjpeg")
+        except Exception as error:
+            raise UnreadableDicom("12-bit lossy JPEG, which needs pip install pylibjpeg-libjpeg") from error
+    return pixel_array(dataset, decoding_plugin=PLUGINS.get(syntax, ""))
 
 
 def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray, tuple[float, float] | None]:
@@ -116,3 +153,7 @@ def is_padding(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
     limit = dataset.get("PixelPaddingRangeLimit")
     low, high = sorted((int(value), int(value if limit is None else limit)))
     return (stored >= low) & (stored <= high)
+
+
+if __name__ == "__main__":  # the process of its own: values to the standard output
+    np.save(sys.stdout.buffer, pixel_array(pydicom.dcmread(sys.argv[1]), decoding_plugin="gdcm"))
