@@ -44,7 +44,7 @@ from utils.fetch import (
     open_client,
     read_file,
 )
-from utils.files import append_jsonl, canonical_json, write_bytes, write_json, write_jsonl
+from utils.files import append_jsonl, canonical_json, hold_lock, write_bytes, write_json, write_jsonl
 from utils.films import PREPROCESSING, UNKNOWN_VIEW, Film, UnusableFilm, is_upsampled, prepare_film, thumbnail
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, remove_others
@@ -132,17 +132,29 @@ def main(args: argparse.Namespace) -> int:
         stop = threading.Event()
         raw_dir = args.cache_dir / "raw" / source.NAME / hashlib.sha256(mirror.encode()).hexdigest()[:16]
         located = {film.file_name: locate(film, mirror, raw_dir, args.resolution) for film in wanted}
+        in_archives = [film for film in wanted if "member" in located[film.file_name][1]]
+        raw_lock = hold_lock(raw_dir / ".lock") if in_archives or is_address(mirror) else lock
+        if raw_lock is None:
+            raise Refused(
+                f"another download.py is fetching from {mirror} into {args.cache_dir}; wait, or name another --cache_dir"
+            )
+
+        def is_there(film: Film) -> bool:
+            return is_finished(args.output_dir, film, located[film.file_name][1], done)
+
+        with ThreadPoolExecutor(args.num_workers) as pool:
+            there = list(pool.map(is_there, in_archives))
         packed = {
-            path: film
-            for film, (path, origin) in zip(wanted, located.values(), strict=True)
-            if "member" in origin and not is_finished(args.output_dir, film, origin, done)
+            located[film.file_name][0]: film for film, finished in zip(in_archives, there, strict=True) if not finished
         }
+        for path in packed:
+            path.unlink(missing_ok=True)  # of a run that was killed, from an archive that may have changed since
         md5s = getattr(source, "MD5S", {})
         unpacker = Unpacker(archives_of(packed, client, mirror, addresses, md5s, raw_dir, stop), stop)
 
         def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
             path, origin = located[film.file_name]
-            if is_finished(args.output_dir, film, origin, done):
+            if "member" in origin or is_there(film):
                 return film, None
             if not is_address(mirror):
                 return film, path if path.is_file() else NotFetched("not found")
@@ -153,8 +165,8 @@ def main(args: argparse.Namespace) -> int:
             return film, path
 
         def unpack() -> tuple[Film, Path | NotFetched]:
-            path, failure = unpacker.take()
-            return packed[path], failure or path
+            path, found = unpacker.take()
+            return packed[path], path if found else NotFetched("not in its archive")
 
         def prepare(film: Film, path: Path | None) -> dict:
             if path is None:
@@ -162,12 +174,13 @@ def main(args: argparse.Namespace) -> int:
             try:
                 png, noted = prepare_film(path, args.resolution)
             except UnusableFilm as fault:
-                if is_address(mirror) and str(fault) == "cannot be decoded":
+                if is_address(mirror) and path not in packed and str(fault) == "cannot be decoded":
                     path.unlink()  # it may have been cut short without a word: the next run fetches it again
                 raise
+            finally:
+                if path in packed:
+                    path.unlink(missing_ok=True)  # the archive is kept
             write_bytes(args.output_dir / film.file_name, png)
-            if path in packed:
-                path.unlink()  # the archive is kept
             sha256 = hashlib.sha256(png).hexdigest()
             return {"file_name": film.file_name, "origin": located[film.file_name][1], "sha256": sha256, **noted}
 
@@ -182,7 +195,8 @@ def main(args: argparse.Namespace) -> int:
                     results[film.file_name] = result
                     if done.get(film.file_name) != result:
                         append_jsonl(journal, [result])
-            unpacker.finish()
+        unpacker.finish()
+        raw_lock.close()
 
     # Rows, folds, and what there is to say about the set
     kept = [film for film in wanted if film.file_name in results]
@@ -351,13 +365,14 @@ def fetch_and_prepare(
     """
     fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
     waiting, under_way = iter(tasks), {}
-    num_fetched = 0
+    num_fetched, ended = 0, False
     bar = tqdm(total=len(tasks), unit="film", disable=None)
     try:
         while True:
             while len(under_way) < 4 * num_workers and (task := next(waiting, None)) is not None:
                 under_way[fetchers.submit(task)] = None
             if not under_way:
+                ended = True
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 film = under_way.pop(future)
@@ -377,7 +392,8 @@ def fetch_and_prepare(
                 bar.update()
                 yield film, result
     finally:
-        stop.set()
+        if not ended:
+            stop.set()
         fetchers.shutdown(cancel_futures=True)
         preparers.shutdown(cancel_futures=True)
         bar.close()

@@ -11,12 +11,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from tests.test_fetch import leftovers, server  # noqa: F401
-from utils.archives import MAX_MEMBER_BYTES, MAX_WAITING, Archive, Unpacker
-from utils.fetch import LITTLE_BYTES, Arriving, NotFetched, Stopped, open_client
+from utils.archives import LITTLE_BYTES, MAX_MEMBER_BYTES, MAX_WAITING, Archive, Unpacker
+from utils.fetch import Arriving, NotFetched, Stopped, open_client, version_of
 from utils.refusal import Refused
 
 FILMS = {f"film{i}.png": np.random.default_rng(i).bytes(200_000) for i in range(6)}
@@ -34,12 +35,14 @@ def pack(members: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
     return archive.getvalue()
 
 
-def take_out(content: bytes, folder: Path, *names: str) -> dict[str, NotFetched | None]:
-    """Return by name of a film what came of taking it out."""
+def take_out(content: bytes, folder: Path, *names: str) -> dict[str, bool]:
+    """Return by name of a film whether it came out."""
     stop = threading.Event()
     unpacker = Unpacker([Archive("films.tgz", lambda: io.BytesIO(content), paths(folder, names))], stop)
     try:
-        return {path.name: failure for path, failure in (unpacker.take() for _ in names)}
+        came = {path.name: found for path, found in (unpacker.take() for _ in names)}
+        unpacker.finish()
+        return came
     finally:
         stop.set()
 
@@ -50,34 +53,32 @@ def paths(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def test_only_the_films_asked_for_come_out(tmp_path: Path) -> None:
     content = pack({f"NLMCXR_png/{name}": film for name, film in FILMS.items()})
-    assert take_out(content, tmp_path, "film1.png", "film4.png") == {"film1.png": None, "film4.png": None}
+    assert take_out(content, tmp_path, "film1.png", "film4.png") == {"film1.png": True, "film4.png": True}
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         name: FILMS[name] for name in ("film1.png", "film4.png")
     }
 
 
-def test_a_film_that_is_not_in_the_archive_is_not_fetched(tmp_path: Path) -> None:
-    came = take_out(pack(FILMS), tmp_path, "film1.png", "film9.png")
-    assert came["film1.png"] is None and str(came["film9.png"]) == "not in its archive"
+def test_a_film_that_is_not_in_the_archive_is_said_not_to_be(tmp_path: Path) -> None:
+    assert take_out(pack(FILMS), tmp_path, "film1.png", "film9.png") == {"film1.png": True, "film9.png": False}
 
 
-def test_films_that_are_there_already_need_no_archive(tmp_path: Path) -> None:
-    (tmp_path / "film1.png").write_bytes(b"here")
-    assert take_out(b"no archive", tmp_path, "film1.png") == {"film1.png": None}
-    assert (tmp_path / "film1.png").read_bytes() == b"here"
+def test_an_archive_of_several_gzip_members_is_one(tmp_path: Path) -> None:
+    content = gzip.decompress(pack(FILMS))
+    halves = gzip.compress(content[:700_000]) + gzip.compress(content[700_000:])
+    assert take_out(halves, tmp_path, *FILMS) == dict.fromkeys(FILMS, True)
 
 
-def test_an_archive_that_is_not_there_costs_its_films_alone(tmp_path: Path) -> None:
-    def nowhere() -> io.BytesIO:
-        raise NotFetched("not found")
+def test_an_archive_that_does_not_come_is_refused(tmp_path: Path) -> None:
+    """Not its films rejected one by one: the set would look whole."""
 
-    archives = [
-        Archive("gone.tgz", nowhere, paths(tmp_path, ["film8.png"])),
-        Archive("films.tgz", lambda: io.BytesIO(pack(FILMS)), paths(tmp_path, ["film3.png"])),
-    ]
-    unpacker = Unpacker(archives, threading.Event())
-    came = [(path.name, failure and str(failure)) for path, failure in (unpacker.take(), unpacker.take())]
-    assert came == [("film8.png", "not found"), ("film3.png", None)]
+    class Nowhere(io.BytesIO):
+        def read(self, size: int = -1) -> bytes:
+            raise NotFetched("server error 503")
+
+    archive = Archive("gone.tgz", Nowhere, paths(tmp_path, ["film8.png"]))
+    with pytest.raises(Refused, match="gone.tgz: server error 503; the same command goes on"):
+        Unpacker([archive], threading.Event()).take()
 
 
 def test_unpacking_rests_while_nobody_takes_films(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_nothing_in_an_archive_decides_where_a_file_goes(tmp_path: Path) -> None
     folder = tmp_path / "raw"
     outside = {"../escaped.png": b"1", "/tmp/../absolute.png": b"2", "../../film1.png": FILMS["film1.png"]}
     content = pack(outside, link("film1.png", "/etc/passwd"), link("raw", str(tmp_path)))
-    assert take_out(content, folder, "film1.png") == {"film1.png": None}
+    assert take_out(content, folder, "film1.png") == {"film1.png": True}
     assert (folder / "film1.png").read_bytes() == FILMS["film1.png"]
     assert not (folder / "film1.png").is_symlink()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["film1.png"]
@@ -112,6 +113,22 @@ def bomb() -> bytes:
     return gzip.compress(member.tobuf() + bytes(1 << 20))
 
 
+def damaged(place: int, stop: int | None = None) -> bytes:
+    """Return a sound gzip of a tar with one byte changed, and cut short at `stop`."""
+    content = bytearray(gzip.decompress(pack(FILMS)))
+    content[place] ^= 1
+    return gzip.compress(bytes(content[:stop]))
+
+
+HEADER = 512 + 200_192  # of the second film
+
+
+def long_name(size: int) -> bytes:
+    member = tarfile.TarInfo("name")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, size
+    return gzip.compress(member.tobuf() + bytes(1 << 20))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -119,6 +136,10 @@ def bomb() -> bytes:
         (b"", "cannot be unpacked"),
         (pack(FILMS)[:500_000], "cannot be unpacked"),
         (bomb(), "no film is that large"),
+        (damaged(HEADER + 5), "damaged: bad checksum"),
+        (damaged(0, HEADER + 100), "damaged|cannot be unpacked"),
+        (damaged(600, HEADER), "damaged: empty header"),
+        (long_name(1 << 30), "a header of 1073741824 bytes"),
     ],
 )
 def test_archives_that_cannot_be_used_are_refused(content: bytes, reason: str, tmp_path: Path) -> None:
@@ -127,13 +148,20 @@ def test_archives_that_cannot_be_used_are_refused(content: bytes, reason: str, t
     assert not (tmp_path / "film5.png").exists()
 
 
-def take_from(server, folder: Path, *names: str, **more) -> dict[str, NotFetched | None]:  # noqa: F811
+def test_a_wrong_checksum_is_found_after_the_last_film(tmp_path: Path) -> None:
+    content = bytearray(pack(FILMS))
+    content[-8] ^= 1
+    with pytest.raises(Refused, match="CRC check failed"):
+        take_out(bytes(content), tmp_path, "film5.png")
+
+
+def take_from(server, folder: Path, *names: str, **more) -> dict[str, bool]:  # noqa: F811
     """Unpack from the server's archive, and wait until all is decided."""
     stop = threading.Event()
     with open_client(2) as client:
         opener = partial(Arriving, client, f"{server.address}/films.tgz", folder / "films.tgz", stop, **more)
         unpacker = Unpacker([Archive("films.tgz", opener, paths(folder, names))], stop)
-        came = {path.name: failure for path, failure in (unpacker.take() for _ in names)}
+        came = {path.name: found for path, found in (unpacker.take() for _ in names)}
         unpacker.finish()
         return came
 
@@ -141,17 +169,17 @@ def take_from(server, folder: Path, *names: str, **more) -> dict[str, NotFetched
 @pytest.mark.parametrize("script", [[], ["breaks off", "breaks off"], [503, "breaks off", "ignores range"]])
 def test_films_come_out_while_the_archive_arrives(script: list, server, tmp_path: Path) -> None:  # noqa: F811
     server.content, server.script = pack(FILMS), script
-    assert take_from(server, tmp_path, *FILMS) == dict.fromkeys(FILMS)
+    assert take_from(server, tmp_path, *FILMS) == dict.fromkeys(FILMS, True)
     assert {name: (tmp_path / name).read_bytes() for name in FILMS} == FILMS
 
 
 def test_no_more_of_an_archive_is_fetched_than_its_films_need(server, tmp_path: Path) -> None:  # noqa: F811
     server.content = pack(FILMS | {"rest": np.random.default_rng(9).bytes(2 * LITTLE_BYTES)})
-    assert take_from(server, tmp_path, "film0.png") == {"film0.png": None}
+    assert take_from(server, tmp_path, "film0.png") == {"film0.png": True}
     (part,) = leftovers(tmp_path / "films.tgz")
-    assert 200_000 < part.stat().st_size < 2_000_000
+    assert 200_000 < part.stat().st_size < LITTLE_BYTES + 2_000_000
     had = part.stat().st_size
-    assert take_from(server, tmp_path, "film5.png") == {"film5.png": None}
+    assert take_from(server, tmp_path, "film5.png") == {"film5.png": True}
     assert server.ranges == [None, f"bytes={had}-"]  # what had come was read from the disk
     assert (tmp_path / "film5.png").read_bytes() == FILMS["film5.png"]
 
@@ -160,6 +188,31 @@ def test_an_archive_that_is_nearly_there_is_made_whole(server, tmp_path: Path) -
     server.content = pack(FILMS)
     take_from(server, tmp_path, "film0.png")
     assert (tmp_path / "films.tgz").read_bytes() == server.content and not leftovers(tmp_path / "films.tgz")
+
+
+def test_a_kill_before_the_checks_does_not_fetch_an_archive_again(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content = pack(FILMS)
+    take_from(server, tmp_path, "film0.png")
+    part = tmp_path / ".part" / f"films.tgz.{version(server)}"
+    (tmp_path / "films.tgz").rename(part)
+    server.ranges.clear()
+    assert take_from(server, tmp_path, "film0.png") == {"film0.png": True}
+    assert server.ranges == [f"bytes={len(server.content)}-"] and (tmp_path / "films.tgz").exists()
+
+
+def version(server) -> str:  # noqa: F811
+    response = httpx.Response(200, headers={"ETag": server.etag})
+    return version_of(response, len(server.content))
+
+
+def test_a_damaged_part_is_deleted_so_that_the_next_run_has_it_anew(server, tmp_path: Path) -> None:  # noqa: F811
+    server.content = pack(FILMS)
+    take_from(server, tmp_path, "film0.png")
+    whole = tmp_path / "films.tgz"
+    whole.write_bytes(whole.read_bytes()[:300_000] + bytes(900_000))
+    with pytest.raises(Refused, match="what had come of it was deleted"):
+        take_from(server, tmp_path, "film5.png")
+    assert take_from(server, tmp_path, "film5.png") == {"film5.png": True}
 
 
 def test_a_whole_archive_is_compared_with_what_is_published(server, tmp_path: Path) -> None:  # noqa: F811

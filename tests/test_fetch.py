@@ -43,6 +43,12 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = int(asked[6:-1]) if asked and behaviour != "ignores range" else 0
+        if start >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         body = server.content[start:]
         self.send_response(206 if start else 200)
         if start:

@@ -1,14 +1,18 @@
 """Open-i: what its reports and tables become, and that archives, folders and addresses give the same set. Made-up reports."""
 
+import fcntl
 import gzip
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import download
+import utils.fetch as fetch_module
 from tests.test_archives import pack
 from tests.test_download import assert_same_folder, film, serve  # noqa: F401
 from utils.files import read_jsonl
@@ -172,3 +176,48 @@ def test_the_address_of_the_tables_is_used_where_no_mirror_is_named(mirror: Path
     assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 0
     tables = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
     assert dict(map(reversed, asked)) == {openi.REPORTS: str(mirror), openi.HEADERS: tables, openi.CLUSTERS: tables}
+
+
+def test_an_archive_whose_end_comes_slowly_is_waited_for(mirror: Path, tmp_path: Path, serve, monkeypatch) -> None:  # noqa: F811
+    """The last wanted film is prepared long before the last byte has come."""
+    films = {f"CXR{uid}_IM-{uid:04d}-1001.png": png(uid) for uid in range(1, 13)}
+    (mirror / openi.FILMS).write_bytes(pack(films | {"rest": np.random.default_rng(0).bytes(600_000)}))
+    receive = fetch_module.receive
+
+    def slowly(*args):
+        for number, block in enumerate(receive(*args)):
+            time.sleep(0.1 * (number > 2))
+            yield block
+
+    monkeypatch.setattr(fetch_module, "receive", slowly)
+    data = fetch(tmp_path, serve(mirror).address)
+    assert (data / "metadata.jsonl").exists()
+    (archive,) = (tmp_path / "cache").rglob(openi.FILMS)
+    assert archive.read_bytes() == (mirror / openi.FILMS).read_bytes()
+
+
+def test_two_runs_do_not_share_their_raw_films(mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fetch(tmp_path, mirror)
+    (lock,) = (tmp_path / "cache" / "raw").rglob(".lock")
+    with open(lock) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        argv = [
+            "--source",
+            "openi",
+            "--accept_license",
+            "--mirror",
+            str(mirror),
+            "--output_dir",
+            str(tmp_path / "second"),
+        ]
+        assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 2
+    assert "another download.py is fetching" in capsys.readouterr().err
+
+
+def test_a_repaired_archive_is_used(mirror: Path, tmp_path: Path) -> None:
+    whole = (mirror / openi.FILMS).read_bytes()
+    (mirror / openi.FILMS).write_bytes(pack({f"CXR{uid}_IM-{uid:04d}-1001.png": png(uid)[:99] for uid in range(3, 8)}
+                                            | {f"CXR{uid}_IM-{uid:04d}-1001.png": png(10 * uid) for uid in range(8, 13)}))  # fmt: skip
+    assert len(read_jsonl(fetch(tmp_path, mirror) / "metadata.jsonl")) == 5
+    (mirror / openi.FILMS).write_bytes(whole)
+    assert len(read_jsonl(fetch(tmp_path, mirror) / "metadata.jsonl")) == 10

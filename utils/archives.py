@@ -22,6 +22,11 @@ from utils.refusal import Refused
 
 MAX_MEMBER_BYTES = 1 << 28  # four times the largest film in use; what is larger is a mistake or a bomb
 MAX_TABLE_BYTES = 1 << 28
+LITTLE_BYTES, BLOCK_BYTES = 1 << 22, 1 << 16
+MAX_HEADER_BYTES = 1 << 20  # of a long name or of attributes
+LONG_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
 MAX_WAITING = 64  # films on the disk that nobody has taken yet
 PATIENCE_S = 0.1  # between looks at `stop`
 
@@ -36,12 +41,12 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar archive, and which of its films are wanted.
+    """A gzipped tar archive, and which of its films are wanted.
 
     Attributes:
         name: for messages.
         open: gives its bytes, in order; they are read until the last wanted film has been found.
-        wanted: by plain file name of a member, where it goes. What is there already is not taken out again.
+        wanted: by plain file name of a member, where it goes.
     """
 
     name: str
@@ -58,16 +63,16 @@ class Unpacker:
     def __init__(self, archives: Sequence[Archive], stop: threading.Event):
         """Start to unpack; `stop`, set from another thread, ends it, and whoever waits, with Stopped."""
         self._archives, self._stop = archives, stop
-        self._taken_out: Queue[tuple[Path, NotFetched | None]] = Queue(MAX_WAITING)
+        self._taken_out: Queue[tuple[Path, bool]] = Queue(MAX_WAITING)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="unpacking", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[Path, NotFetched | None]:
-        """Return the next film, and why it is not there, None where it is; to be called once a wanted film.
+    def take(self) -> tuple[Path, bool]:
+        """Return the place of the next film, and whether its archive had it; to be called once a wanted film.
 
         Raises:
-            Refused: for an archive that cannot be used.
+            Refused: for an archive that does not come or cannot be used.
             Stopped: when told to stop.
         """
         while True:
@@ -89,56 +94,72 @@ class Unpacker:
         try:
             for archive in self._archives:
                 missing = dict(archive.wanted)
-                failure = NotFetched("not in its archive")
-                try:
-                    for member in films_of(archive):
-                        self._hand_over(missing.pop(member), None)
-                except NotFetched as error:
-                    failure = error
+                for member in films_of(archive):
+                    self._hand_over(missing.pop(member), True)
                 for path in missing.values():
-                    self._hand_over(path, failure)
+                    self._hand_over(path, False)
         except BaseException as error:  # for whoever takes the next film
             self._failure = error
 
-    def _hand_over(self, path: Path, failure: NotFetched | None) -> None:
+    def _hand_over(self, path: Path, found: bool) -> None:
         while True:
             if self._stop.is_set():
                 raise Stopped
             try:
-                return self._taken_out.put((path, failure), timeout=PATIENCE_S)
+                return self._taken_out.put((path, found), timeout=PATIENCE_S)
             except Full:
                 pass
+
+
+class Header(tarfile.TarInfo):
+    """A member's header, read strictly: tarfile takes a damaged one for the end, and one of any size into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise  # the block of zeros that ends an archive
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged: {error}") from error
+        if header.type in LONG_HEADERS and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def films_of(archive: Archive) -> Iterator[str]:
     """Put the wanted films of an archive where they go, and yield the plain name of each when it is there.
 
     Raises:
-        NotFetched: where the archive does not come.
-        Refused: where it is none, is damaged, or has a member that is too large for a film.
+        Refused: where the archive does not come, is none, is damaged, or has a member that is too large for a film.
     """
-    missing = {member for member, path in archive.wanted.items() if not path.exists()}
-    yield from archive.wanted.keys() - missing
-    if not missing:
-        return
-    try:
-        with closing(archive.open()) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            while missing and (member := tar.next()) is not None:
-                if member.size > MAX_MEMBER_BYTES:
-                    raise Refused(
-                        f"{archive.name}: {member.name[:100]} has {member.size} bytes; no film is that large"
-                    )
-                film = PurePosixPath(member.name).name
-                if film in missing and member.isreg():
-                    write_bytes(archive.wanted[film], tar.extractfile(member).read())
-                    missing.remove(film)
-                    yield film
+    missing = set(archive.wanted)
+    with closing(archive.open()) as file:
+        try:
+            with gzip.GzipFile(fileobj=file) as plain, tarfile.open(fileobj=plain, mode="r|", tarinfo=Header) as tar:
+                while missing and (member := tar.next()) is not None:
+                    if member.size > MAX_MEMBER_BYTES:
+                        raise Refused(
+                            f"{archive.name}: {member.name[:100]} has {member.size} bytes; no film is that large"
+                        )
+                    film = PurePosixPath(member.name).name
+                    if film in missing and member.isreg():
+                        write_bytes(archive.wanted[film], tar.extractfile(member).read())
+                        missing.remove(film)
+                        yield film
+                # Where little is left, to the end: only there a checksum tells whether the films are what was packed
+                for _ in range(LITTLE_BYTES // BLOCK_BYTES):
+                    if not plain.read(BLOCK_BYTES):
+                        break
+        except NotFetched as failure:
+            raise Refused(f"{archive.name}: {failure}; the same command goes on from here") from failure
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             if isinstance(file, Arriving):
-                file.finish()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise Refused(
-            f"{archive.name} cannot be unpacked ({error}); delete it, or check --mirror, and run this again"
-        ) from error
+                file.discard()
+                remedy = "what had come of it was deleted, run this again"
+            else:
+                remedy = "put a whole one in its place"
+            raise Refused(f"{archive.name} cannot be unpacked ({error}); {remedy}") from error
 
 
 def gunzip(name: str, content: bytes) -> bytes:

@@ -20,7 +20,6 @@ TIMEOUT_S = 20.0  # without a single byte
 MAX_WAIT_S = 30.0
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
-LITTLE_BYTES = 1 << 22
 
 
 class NotFetched(Exception):
@@ -191,6 +190,9 @@ def receive(
         headers["Range"] = f"bytes={offset}-"
     with client.stream("GET", address, headers=headers) as response:
         if response.status_code == 416:
+            if response.headers.get("Content-Range", "").rpartition("/")[2] == str(offset):
+                yield known[0], offset  # it was whole already: a kill came before its checks
+                return
             known[0].unlink()
             raise TryAgain("range not understood")
         check_status(response)
@@ -262,10 +264,12 @@ class Arriving:
                 raise NotFetched("changed on the server")
             self.part, self.file = part, self.file or open(part, "rb")
 
-    def finish(self) -> None:
-        """Have the rest, too, if it is little: a file that is whole is checked, and not asked for again."""
-        while not self.whole and self.total is not None and self.total - self.part.stat().st_size < LITTLE_BYTES:
-            with_retries(self._grow, self.address, self.stop)
+    def discard(self) -> None:
+        """Delete what has come: it is not what it should be."""
+        self.close()
+        for path in (self.path, self.part):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.blocks is not None:
