@@ -400,9 +400,7 @@ def main(args: argparse.Namespace) -> None:
     fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
     shortened = sum(map(str.__ne__, captions, fitted))
     cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
-    say(
-        f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within their first"
-    )
+    say(f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within one")
     if len(validation_rows) < accelerator.num_processes:
         raise Refused(
             f"{len(validation_rows)} validation films for {accelerator.num_processes} processes; expected one each"

@@ -147,6 +147,8 @@ def test_a_broken_archive_is_refused_by_name(mirror: Path, tmp_path: Path, capsy
         (openi.REPORTS, b"no archive", f"{openi.REPORTS} cannot be unpacked"),
         (openi.REPORTS, pack({"a.xml": b"<eCitation>"}), "a.xml is no report of Open-i"),
         (openi.REPORTS, pack({"a.xml": b"<eCitation/>"}), "a.xml is no report of Open-i"),
+        (openi.REPORTS, pack({"a.xml": b"<eCitation><uId/></eCitation>"}), "a.xml is no report of Open-i"),
+        (openi.REPORTS, pack({"a.xml": b"<?xml version='1.0' encoding='foo'?><a/>"}), "a.xml is no report of Open-i"),
         (openi.REPORTS, pack({"a.xml": report(1, ["../../CXR1"])}), "a.xml names a film '../../CXR1'"),
         (openi.REPORTS, pack({"a.txt": b"-"}), "names no film"),
         (openi.CLUSTERS, b"no gzip", f"{openi.CLUSTERS} cannot be unpacked"),

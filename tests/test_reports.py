@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.reports import caption_sentences, sentences_of, sex_in
+from utils.reports import caption_sentences, describes_the_film, sentences_of, sex_in
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def test_a_section_becomes_sentences(section: str, sentences: list[str]) -> None
     [
         ("Normal chest x-XXXX. Clear.", ["Normal chest.", "Clear."]),  # the token goes whole, its full stop stays
         ("XXXX-year-old with XXXX, effusion.", ["With, effusion."]),
+        ("Effusion which XXXX.", ["Effusion."]),
         ("xxxx XXXX.", []),
     ],
 )
@@ -40,6 +41,20 @@ def test_no_deidentification_token_is_left(section: str, sentences: list[str]) -
         ("The heart is stable and within normal limits.", "The heart is within normal limits."),
         ("Opacity at the right base again noted.", "Opacity at the right base."),
         ("Clips of a previous coronary bypass.", "Clips of a previous coronary bypass."),
+        ("Sequela of prior TB.", "Sequela of prior TB."),
+        ("Effusions, right worse than left.", "Effusions, right worse than left."),
+        ("The heart remains enlarged.", "The heart is enlarged."),
+        ("New large pneumothorax.", "Large pneumothorax."),
+        ("There has been interval development of an effusion.", "There has been an effusion."),
+        ("Interval worsening of scoliosis.", "Scoliosis."),
+        ("The effusion is slightly increased in size.", "The effusion."),
+        ("Opacity at the base, correlate clinically.", "Opacity at the base."),
+        (
+            "Cardiomegaly, stable compared to prior, with new effusion and a pneumothorax.",
+            "Cardiomegaly, with effusion and a pneumothorax.",
+        ),
+        ("Nodules unchanged from prior exam, without consolidation.", "Nodules, without consolidation."),
+        ("Heart size is enlarged but stable.", "Heart size is enlarged."),
     ],
 )
 def test_what_was_there_before_is_there_still(report: str, said: str) -> None:
@@ -52,8 +67,9 @@ def test_what_was_there_before_is_there_still(report: str, said: str) -> None:
     [
         "The mediastinum is stable.",
         "Interval resolution of the effusion.",
-        "Effusion, increased from the prior study.",
         "The nodule seen previously has resolved.",
+        "No new infiltrate.",
+        "No significant change.",
         "XXXX are unremarkable.",
         "Dr. XXXX was notified.",
         "Recommend follow-up CT.",
@@ -65,13 +81,29 @@ def test_what_no_single_film_shows_is_left_out(sentence: str) -> None:
     assert caption_sentences(sentence, f"Clear lungs. {sentence}") == ["Clear lungs."]
 
 
+def test_a_film_is_not_called_normal_because_its_finding_was_left_out() -> None:
+    finding = "Effusion has increased since the prior study."
+    assert caption_sentences(finding, "No pneumothorax.") == []
+    assert caption_sentences(finding, "Cardiomegaly.") == ["Cardiomegaly."]
+    assert caption_sentences("No effusion since the prior study.", "No pneumothorax.") == ["No pneumothorax."]
+
+
+@pytest.mark.parametrize("word", ["mediastin", "thora", "exam", "vascular"])
+def test_odd_words_take_no_time(word: str) -> None:
+    assert not describes_the_film(word * 200 + "!")
+
+
 def test_the_impression_leads_and_normal_sentences_come_last() -> None:
-    findings = "No effusion. Rib fracture on the left. The heart is normal. Clear apices, but scars at the bases."
+    findings = (
+        "No effusion. Rib fracture on the left. The heart is normal. Clear apices, but scars at the bases. "
+        "Cardiomegaly without congestion."
+    )
     assert caption_sentences(findings, "Fracture. No effusion.") == [
         "Fracture.",
         "No effusion.",
         "Rib fracture on the left.",
         "Clear apices, but scars at the bases.",
+        "Cardiomegaly without congestion.",
         "The heart is normal.",
     ]
 

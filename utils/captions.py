@@ -59,7 +59,7 @@ def uncapitalised(name: str) -> str:
 def fit(caption: str, count_tokens: Callable[[str], int], limit: int) -> str:
     """Return a caption that fits, or as many of its first sentences as do, each whole.
 
-    The first sentence stays whatever its length; the tokenizer then cuts it.
+    The first two, which are the view and what matters most, stay whatever their length; the tokenizer then cuts.
 
     Args:
         caption: sentences, the most telling first.
@@ -69,7 +69,7 @@ def fit(caption: str, count_tokens: Callable[[str], int], limit: int) -> str:
     if count_tokens(caption) <= limit:
         return caption
     sentences = re.split(r"(?<=[.?!])\s+", caption)
-    kept = 1
+    kept = min(2, len(sentences))
     while kept < len(sentences) and count_tokens(" ".join(sentences[: kept + 1])) <= limit:
         kept += 1
     return " ".join(sentences[:kept])

@@ -22,54 +22,82 @@ ABBREVIATION = re.compile(r"\b(?:dr|mr|mrs|ms|vs|approx|st|e\.g|i\.e)\.$", re.IG
 AS_BEFORE = (
     r"(?:stable|unchanged|similar|(?:not (?:significantly )?|un)changed|without (?:significant |interval )?change)"
 )
-COMPARISONS = (
-    re.compile(rf",?\s*\bin {AS_BEFORE} (?:position|appearance)\b", re.IGNORECASE),
-    re.compile(rf"\b{AS_BEFORE} and\s+", re.IGNORECASE),
-    # At the end of a sentence, with what it is compared with: ", unchanged from prior", "is stable in appearance"
-    re.compile(
-        rf",?\s*\b(?:(?:is|are|appears?|remains?) )?(?:(?:grossly|relatively|essentially|overall) )?{AS_BEFORE}"
-        r"(?: in (?:appearance|size|position))?(?: (?:from|since|to|compared|when compared)\b[^.;]*)?(?=[.;]|$)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"\s*\b(?:(?:is|are) )?(?:once )?again(?: (?:noted|seen|demonstrated|identified|visualized))?(?=[.;]|$)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"\b(?:stable(?: appearance of)?,?|unchanged|persistent(?:ly)?|long-?standing|(?:once )?again,?|still)\s+",
-        re.IGNORECASE,
-    ),
+STATE = r"(?:is|are|has|have|appears?|remains?)"
+# What follows "from" up to the next thought: "from prior exam", not "from prior, with new effusion"
+REFERENCE = r"(?: (?:from|since|to|compared (?:to|with)|when compared (?:to|with)|in comparison)\b(?:(?! (?:with|without|but|which|and)\b)[^.,;])*)"
+END = r"(?=[.,;]|$| (?:with|without|but|which)\b)"
+COMPARISONS = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (rf",?\s*\bin {AS_BEFORE} (?:position|appearance)\b", ""),
+        (rf"(?<!no )\b{AS_BEFORE} and\s+", ""),
+        # At the end of a thought: ", unchanged from prior", "is stable in appearance"
+        (
+            rf"(?<!no),?\s*\b(?:{STATE} )?(?:(?:grossly|relatively|essentially|overall) )?{AS_BEFORE}"
+            rf"(?: in (?:appearance|size|position))?{REFERENCE}?{END}",
+            "",
+        ),
+        (rf"\s*\b(?:(?:is|are) )?(?:once )?again(?: (?:noted|seen|demonstrated|identified|visualized))?{END}", ""),
+        (r"\bre-?demonstrat(?:ion|ed) (?:of )?(?:the )?", ""),
+        (r"\b(?:interval )?(?:development|worsening|progression) (?:of|in) (?:the )?", ""),
+        (r"\binterval (?:increase|decrease) (?:of|in) (?:the )?", ""),
+        (r"\s*\b(?:(?:is|are|has|have) )?(?:slightly |mildly |minimally )?(?:increased|decreased) in size" + END, ""),
+        (
+            r"(?<!no )(?<!not )(?<!without )\b(?:stable(?: appearance of)?,?|unchanged|persistent(?:ly)?|long-?standing"
+            r"|(?:once )?again,?|still|new(?:ly)?|(?:interval )?(?:worsening|increasing|decreasing|improving))\s+",
+            "",
+        ),
+        (r"\bremains\b", "is"),
+        (r"\bremain\b", "are"),
+    )
 )
-# The past that a film does show
-PAST = r"granulomatous|surg|sternotomy|cholecyst|trauma|fracture|infect|lumpectomy|mastectomy|cabg|bypass|fusion|resection"
-# What a film cannot show: what has changed since another one
+# What a film cannot show: what has changed since another one, and what is no longer there
 EARLIER = words(
     "unchanged", "stable", "stability", "interval(?:ly)?", "since", "compared?", "comparisons?", "previously", "earlier",
-    "again", "now", "still", "new(?:ly)?", "remains?", "persist(?:s|ed|ent|ently|ence)?", "resol(?:ved|ving)",
-    "improv(?:ed|ing|ement)", "worse(?:ned|ning)?", "progress(?:ed|ion|ing)", "re-?demonstrated", "similar to",
-    "no (?:significant |definite )?changes?", "(?:decreas|increas)ed? (?:in|from)",
-    rf"(?:prior|previous)(?! (?:\w+ ){{0,3}}(?:{PAST}))",
+    "again", "now", "still", "new(?:ly)?", "persist(?:s|ed|ent|ently|ence)?", r"resol(?:v\w*|ution)", "clear(?:ed|ing)",
+    "remov(?:ed|al)", "improv(?:ed|ing|ement)", "worsen(?:ed|ing)", "worse(?! (?:on|than|at|in))", "progress(?:ed|ion|ing)",
+    "as before", "similar to", "no (?:significant |definite )?changes?", "(?:decreas|increas)ed? (?:in size|from|since)",
+    r"(?:prior|previous)(?= (?:\w+ ){0,2}(?:stud|exam|film|radiogr|x-?ray|ct\b|imag|report|date|scan|compar)|[.,;]|$)\w*",
+    "(?:from|to|since|than|on) (?:the |a )?(?:prior|previous)",
 )  # fmt: skip
-# ... what somebody said, asks for, advises or knows from elsewhere
+# ... what somebody said, asks for, advises or knows from elsewhere: it goes with what follows it in the sentence
 ELSEWHERE = words(
     "recommend(?:s|ed|ation|ations)?", "suggested (?:follow|clinical)", "follow[- ]?up", r"correlat\w*", "discussed",
     "notified", r"telephone\w*", r"communicat\w*", "called", r"dictat\w*", "reviewed", "critical result", "dr", "physician",
     "consider(?:ation)?", "further evaluation", "could be (?:obtained|performed)", "may be (?:helpful|obtained|of benefit)",
     "please", "history of",
 )  # fmt: skip
-# ... and what a comparison or a token leaves behind: "The mediastinum" of "is stable", "Are intact" of "XXXX are intact"
-REMNANT = re.compile(
-    r"(?:is|are|was|were|has|have|of)\b.*|(?:the|and|of|with|in|is|are|there|has|have|been|heart|cardiac|cardio|cardiomediastinal|mediastin\w*|hilar|pulmonary"
-    r"|silhouettes?|contours?|size|shape|vascular\w*|vasculature|lungs?|bones?|bony|osseous|structures?|soft|tissues?"
-    r"|appearance|position|thora\w*|chest|spine|remainder|exam\w*|study|appears?|postsurgical|changes?|,|\s)*\.?",
+LEAST_WORDS = 3  # before such a remark, for the rest to be a statement
+# What a remark or a token leaves at the end of a sentence
+DANGLING = re.compile(
+    r"(?:\s*,)?\s*\b(?:and|or|but|which|that|with|without|is|are|has|have|been|was|of|in|on|for|to|from|the|an?|by|as|at|if|no"
+    r"|due|given|consistent|compatible|suggest(?:s|ing|ive)?|may|could|would|should|be|represent(?:s|ing)?|there|this|these"
+    r"|patient's|clinical(?:ly)?|concern|when)$",
     re.IGNORECASE,
 )
+# Words that alone are no statement: "The mediastinum" of "The mediastinum is stable"
+BARE = re.compile(
+    r"the|and|of|with|in|is|are|was|there|has|have|had|been|this|these|it|they|heart|cardiac|cardio|cardiomediastinal|mediastin\w*"
+    r"|hilar|pulmonary|silhouettes?|contours?|size|shape|vascular\w*|vasculature|lungs?|bones?|bony|osseous|structures?|soft"
+    r"|tissues?|appearance|position|thora\w*|chest|spine|remainder|exam\w*|study|appears?|changes?",
+    re.IGNORECASE,
+)
+SUBJECTLESS = re.compile(r"(?:is|are|was|were|has|have|of)\b", re.IGNORECASE)
 
 NORMAL = words(
     "no", "not", "without", "negative", "normal", "clear", "unremarkable", "intact", "free of", "none", "nor", "absent",
     "within (?:normal )?limits",
 )  # fmt: skip
 TURN = words("but", "however", "except", "although", "otherwise", "aside from", "other than")
+FINDING = words(
+    r"effusions?", r"pneumothora\w*", r"opaci\w*", r"consolidat\w*", r"infiltrat\w*", r"atelecta\w*", r"(?:o?edema)",
+    r"congest\w*", r"cardiomegaly", r"enlarg\w*", r"nodul\w*", r"mass(?:es)?", r"granuloma\w*", r"fractures?", r"scar\w*",
+    r"emphysem\w*", r"hyper\w*", r"fibro\w*", r"calcifi\w*", r"\w*scoliosis", r"degenerat\w*", r"pacemaker", r"defibrillator",
+    r"catheter\w*", r"tubes?", r"picc", r"port", r"herni\w*", r"thicken\w*", r"pneumonia\w*", r"lesions?", r"disease",
+    r"tortuo\w*", r"kypho\w*", r"osteophyt\w*", r"cavit\w*", r"collapse\w*", r"elevat\w*", r"ectasia", r"ectatic", r"stents?",
+    r"sternotomy", r"clips?", r"deformit\w*", r"prominen\w*", r"blunt\w*", r"bronchi\w*", r"interstitial", r"aneurysm\w*",
+)  # fmt: skip
+GONE = words(r"resol(?:v\w*|ution)", "clear(?:ed|ing)", "remov(?:ed|al)", "no longer")
 
 SEXES = {
     "M": words("male", "man", "gentleman", "boy", r"y/?[or]\.? m"),
@@ -82,15 +110,19 @@ def caption_sentences(findings: str, impression: str) -> list[str]:
 
     The impression comes first, as the radiologist's own summary; then the abnormal sentences of the findings; then the
     normal ones. A caption that is cut after any of them has lost what matters least. What is said twice is kept once.
+
+    Nothing is returned where only normal sentences are left and one was left out that states a finding: such a caption
+    would call a film normal that is not.
     """
-    first, others = (
-        [sentence for sentence in sentences_of(section) if describes_the_film(sentence)]
-        for section in (impression, findings)
-    )
-    unique = {}
+    first, others = sentences_of(impression), sentences_of(findings)
+    unique, lost = {}, False
     for sentence in [*first, *sorted(others, key=is_normal)]:  # sorted is stable: each kind keeps its order
-        unique.setdefault(sentence.casefold(), sentence)
-    return list(unique.values())
+        if describes_the_film(sentence):
+            unique.setdefault(sentence.casefold(), sentence)
+        else:
+            lost |= states_a_finding(sentence) and not GONE.search(sentence)
+    kept = list(unique.values())
+    return [] if lost and all(map(is_normal, kept)) else kept
 
 
 def sentences_of(section: str) -> list[str]:
@@ -101,7 +133,7 @@ def sentences_of(section: str) -> list[str]:
             pieces[-1] = f"{pieces[-1]} {piece}"
         else:
             pieces.append(piece)
-    return [sentence for piece in pieces if (sentence := finish(without_comparisons(piece)))]
+    return [sentence for piece in pieces if (sentence := finish(without_remarks(without_comparisons(piece))))]
 
 
 def clean(text: str) -> str:
@@ -116,25 +148,51 @@ def clean(text: str) -> str:
 
 def without_comparisons(sentence: str) -> str:
     """Return "Small effusion." for "Stable small effusion, unchanged from prior."."""
-    for comparison in COMPARISONS:
-        sentence = comparison.sub("", sentence)
+    for comparison, replacement in COMPARISONS:
+        sentence = comparison.sub(replacement, sentence)
+    return sentence
+
+
+def without_remarks(sentence: str) -> str:
+    """Return "Opacity at the base" for "Opacity at the base, correlate clinically."; a remark alone stays whole."""
+    remark = ELSEWHERE.search(sentence)
+    if remark is None:
+        return sentence
+    before = trimmed(sentence[: remark.start()])
+    return before if len(before.split()) >= LEAST_WORDS else sentence
+
+
+def trimmed(sentence: str) -> str:
+    """Return a sentence without what dangles at its end."""
+    sentence = sentence.strip(" .,;:?!-")
+    while shorter := DANGLING.search(sentence):
+        sentence = sentence[: shorter.start()].rstrip(" ,;:-")
     return sentence
 
 
 def finish(sentence: str) -> str:
     """Return a sentence with a capital, a full stop and no conjunction at its start; "" where no word is left."""
-    said = re.sub(r"^(?:(?:and|or|but)\s+)+", "", sentence.strip(" .,;:?!-"), flags=re.IGNORECASE)
+    said = re.sub(r"^(?:(?:and|or|but)\s+)+", "", trimmed(sentence), flags=re.IGNORECASE)
     return f"{said[0].upper()}{said[1:]}." if re.search(r"[A-Za-z]{2}", said) else ""
 
 
 def describes_the_film(sentence: str) -> bool:
-    """Return whether a sentence is about this film: no earlier one, no advice, nobody who was called."""
-    return not (EARLIER.search(sentence) or ELSEWHERE.search(sentence) or REMNANT.fullmatch(sentence))
+    """Return whether a sentence is a statement about this film: no earlier one, no advice, nobody who was called."""
+    if EARLIER.search(sentence) or ELSEWHERE.search(sentence) or SUBJECTLESS.match(sentence):
+        return False
+    return not all(BARE.fullmatch(word) for word in re.findall(r"[\w'-]+", sentence))
+
+
+def states_a_finding(sentence: str) -> bool:
+    """Return whether a sentence names a finding before it denies anything, or after a "but"."""
+    denial, turn = NORMAL.search(sentence), TURN.search(sentence)
+    stated = sentence if denial is None else sentence[: denial.start()]
+    return bool(FINDING.search(stated) or (turn and FINDING.search(sentence[turn.end() :])))
 
 
 def is_normal(sentence: str) -> bool:
-    """Return whether a sentence says that something is as it should be, or absent, and nothing else."""
-    return bool(NORMAL.search(sentence)) and not TURN.search(sentence)
+    """Return whether a sentence says that something is as it should be, or absent, and states no finding."""
+    return bool(NORMAL.search(sentence)) and not TURN.search(sentence) and not states_a_finding(sentence)
 
 
 def sex_in(indication: str) -> str | None:

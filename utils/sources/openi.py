@@ -110,9 +110,9 @@ def parse_report(name: str, content: bytes) -> tuple[str, dict[str, str], list[s
     """
     try:
         root = ElementTree.fromstring(content)
-        uid = root.find("uId").get("id")
+        uid = root.find("uId").attrib["id"]
         image_ids = [image.get("id") for image in root.iter("parentImage")]
-    except (ElementTree.ParseError, AttributeError) as error:
+    except (ElementTree.ParseError, AttributeError, LookupError, ValueError) as error:
         raise Refused(f"{REPORTS}: {name[:100]} is no report of Open-i ({error}); fetch the archive again") from None
     for image_id in image_ids:
         if not re.fullmatch(r"[\w-]{1,100}", image_id or ""):
