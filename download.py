@@ -196,7 +196,8 @@ def main(args: argparse.Namespace) -> int:
                     if done.get(film.file_name) != result:
                         append_jsonl(journal, [result])
         unpacker.finish()
-        raw_lock.close()
+        if raw_lock is not lock:
+            raw_lock.close()
 
     # Rows, folds, and what there is to say about the set
     kept = [film for film in wanted if film.file_name in results]
