@@ -182,6 +182,12 @@ def test_files_without_a_usable_film_are_rejected_with_a_reason(tmp_path: Path, 
         decode_film(save(tmp_path, chest(12), 12, **elements))
 
 
+def test_bytes_beyond_the_film_are_no_second_film(tmp_path: Path) -> None:
+    twice = np.concatenate([chest(12), chest(12)])
+    path = save(tmp_path, twice, 12, Rows=ROWS)
+    np.testing.assert_array_equal(decode_film(path), decode_film(save(tmp_path, chest(12), 12, "one.dcm")))
+
+
 @pytest.mark.parametrize("keep", [140, 400, 5000])
 def test_a_file_cut_short_is_rejected(tmp_path: Path, keep: int) -> None:
     with pytest.raises(UnusableFilm, match="cannot be decoded|no film in it"):

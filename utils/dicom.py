@@ -117,10 +117,10 @@ def decompress(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
         return np.load(io.BytesIO(done.stdout), allow_pickle=False)
     if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:
         try:
-            return pixel_array(dataset, decoding_plugin="pylibjpeg")
+            return pixel_array(dataset, decoding_plugin="pylibjpeg", allow_excess_frames=False)
         except Exception as error:
             raise UnreadableDicom("12-bit lossy JPEG, which needs pip install pylibjpeg-libjpeg") from error
-    return pixel_array(dataset, decoding_plugin=PLUGINS.get(syntax, ""))
+    return pixel_array(dataset, decoding_plugin=PLUGINS.get(syntax, ""), allow_excess_frames=False)
 
 
 def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray, tuple[float, float] | None]:
@@ -156,4 +156,6 @@ def is_padding(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
 
 
 if __name__ == "__main__":  # the process of its own: values to the standard output
-    np.save(sys.stdout.buffer, pixel_array(pydicom.dcmread(sys.argv[1]), decoding_plugin="gdcm"))
+    np.save(
+        sys.stdout.buffer, pixel_array(pydicom.dcmread(sys.argv[1]), decoding_plugin="gdcm", allow_excess_frames=False)
+    )
