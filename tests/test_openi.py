@@ -1,5 +1,6 @@
 """Open-i: what its reports and tables become, and that archives, folders and addresses give the same set. Made-up reports."""
 
+import argparse
 import fcntl
 import gzip
 import io
@@ -64,20 +65,13 @@ def mirror(tmp_path: Path) -> Path:
     return folder
 
 
-def fetch(tmp_path: Path, mirror: Path | str, *more: str) -> Path:
-    argv = [
-        "--source",
-        "openi",
-        "--accept_license",
-        "--mirror",
-        str(mirror),
-        "--resolution",
-        "64",
-        "--num_workers",
-        "4",
-    ]
-    argv += ["--output_dir", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), *more]
-    assert run(download.main, lambda: download.parse_args(argv)) == 0
+def arguments(cache: Path, output: Path, *more: str) -> argparse.Namespace:
+    folders = ["--output_dir", str(output / "data"), "--cache_dir", str(cache / "cache")]
+    return download.parse_args(["--source", "openi", "--accept_license", "--resolution", "64", *folders, *more])
+
+
+def fetch(tmp_path: Path, mirror: Path | str) -> Path:
+    assert run(download.main, lambda: arguments(tmp_path, tmp_path, "--mirror", str(mirror))) == 0
     return tmp_path / "data"
 
 
@@ -134,8 +128,7 @@ def test_films_that_the_archive_lacks_are_left_out(mirror: Path, tmp_path: Path)
 
 def test_a_broken_archive_is_refused_by_name(mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (mirror / openi.FILMS).write_bytes((mirror / openi.FILMS).read_bytes()[:20_000])
-    argv = ["--source", "openi", "--accept_license", "--mirror", str(mirror), "--output_dir", str(tmp_path / "data")]
-    assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 2
+    assert run(download.main, lambda: arguments(tmp_path, tmp_path, "--mirror", str(mirror))) == 2
     assert f"{mirror / openi.FILMS} cannot be unpacked" in capsys.readouterr().err
 
 
@@ -174,8 +167,7 @@ def test_the_address_of_the_tables_is_used_where_no_mirror_is_named(mirror: Path
 
     monkeypatch.setattr(download, "read_file", read_file)
     monkeypatch.setattr(openi, "MIRROR", str(mirror))
-    argv = ["--source", "openi", "--accept_license", "--resolution", "64", "--output_dir", str(tmp_path / "data")]
-    assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 0
+    assert run(download.main, lambda: arguments(tmp_path, tmp_path)) == 0
     tables = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
     assert dict(map(reversed, asked)) == {openi.REPORTS: str(mirror), openi.HEADERS: tables, openi.CLUSTERS: tables}
 
@@ -203,16 +195,7 @@ def test_two_runs_do_not_share_their_raw_films(mirror: Path, tmp_path: Path, cap
     (lock,) = (tmp_path / "cache" / "raw").rglob(".lock")
     with open(lock) as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        argv = [
-            "--source",
-            "openi",
-            "--accept_license",
-            "--mirror",
-            str(mirror),
-            "--output_dir",
-            str(tmp_path / "second"),
-        ]
-        assert run(download.main, lambda: download.parse_args([*argv, "--cache_dir", str(tmp_path / "cache")])) == 2
+        assert run(download.main, lambda: arguments(tmp_path, tmp_path / "second", "--mirror", str(mirror))) == 2
     assert "another download.py is fetching" in capsys.readouterr().err
 
 
