@@ -14,7 +14,7 @@ import pytest
 
 import download
 import utils.fetch as fetch_module
-from tests.test_archives import pack
+from tests.test_archives import long_name, pack
 from tests.test_download import assert_same_folder, film, serve  # noqa: F401
 from utils.files import read_jsonl
 from utils.refusal import Refused, run
@@ -144,6 +144,9 @@ def test_a_broken_archive_is_refused_by_name(mirror: Path, tmp_path: Path, capsy
         (openi.REPORTS, pack({"a.xml": b"<?xml version='1.0' encoding='foo'?><a/>"}), "a.xml is no report of Open-i"),
         (openi.REPORTS, pack({"a.xml": report(1, ["../../CXR1"])}), "a.xml names a film '../../CXR1'"),
         (openi.REPORTS, pack({"a.txt": b"-"}), "names no film"),
+        (openi.REPORTS, pack({"a.xml": report(1, ["CXR1"])})[:100], f"{openi.REPORTS} cannot be unpacked"),
+        (openi.REPORTS, gzip.compress(b"no tar" * 999), f"{openi.REPORTS} cannot be unpacked"),
+        (openi.REPORTS, long_name(1 << 30), "a header of 1073741824 bytes"),
         (openi.CLUSTERS, b"no gzip", f"{openi.CLUSTERS} cannot be unpacked"),
         (openi.HEADERS, gzip.compress(b"imageid\nCXR1"), "View Position"),
     ],

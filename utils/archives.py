@@ -22,7 +22,8 @@ from utils.refusal import Refused
 
 MAX_MEMBER_BYTES = 1 << 28  # four times the largest film in use; what is larger is a mistake or a bomb
 MAX_TABLE_BYTES = 1 << 28
-LITTLE_BYTES, BLOCK_BYTES = 1 << 22, 1 << 16
+LITTLE_BYTES = 1 << 22  # of what is packed: so much is read beyond the last wanted film, for the checksum at the end
+BLOCK_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of attributes
 LONG_HEADERS = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
@@ -147,7 +148,7 @@ def films_of(archive: Archive) -> Iterator[str]:
                         write_bytes(archive.wanted[film], tar.extractfile(member).read())
                         missing.remove(film)
                         yield film
-                # Where little is left, to the end: only there a checksum tells whether the films are what was packed
+                # Where little is left, to the end: only there does a checksum tell whether the films are what was packed
                 for _ in range(LITTLE_BYTES // BLOCK_BYTES):
                     if not plain.read(BLOCK_BYTES):
                         break
