@@ -188,6 +188,12 @@ def test_bytes_beyond_the_film_are_no_second_film(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode_film(path), decode_film(save(tmp_path, chest(12), 12, "one.dcm")))
 
 
+@pytest.mark.parametrize(("name", "reason"), [("gone.dcm", "not found"), ("", "cannot be decoded")])
+def test_a_path_that_cannot_be_read_is_a_rejected_film(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UnusableFilm, match=reason):
+        decode_film(tmp_path / name)
+
+
 @pytest.mark.parametrize("keep", [140, 400, 5000])
 def test_a_file_cut_short_is_rejected(tmp_path: Path, keep: int) -> None:
     with pytest.raises(UnusableFilm, match="cannot be decoded|no film in it"):

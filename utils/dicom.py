@@ -52,9 +52,12 @@ class UnreadableDicom(ValueError):
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM files do."""
-    with open(path, "rb") as file:
-        return file.read(MAGIC_AT + len(MAGIC))[MAGIC_AT:] == MAGIC
+    """Return whether a file begins as DICOM files do; one that cannot be read does not."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAGIC_AT + len(MAGIC))[MAGIC_AT:] == MAGIC
+    except OSError:
+        return False
 
 
 def read_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, float] | None]:

@@ -85,7 +85,7 @@ def decode_film(path: Path) -> np.ndarray:
     Raises:
         UnusableFilm: unreadable, truncated, absurdly large, tiny, blank or coloured.
     """
-    if path.is_file() and is_dicom(path):
+    if is_dicom(path):
         grey = show_dicom(path)
     else:
         image = load_image(path)
