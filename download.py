@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
         films = source.list_films(mirror, lambda name: read_file(client, *place_of(name, mirror, addresses)))
         table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
         films = films[: args.limit]
-        wanted, rejected = select_views(films, args.view)
+        wanted, rejected = select_films(films, args.view)
         check_films(wanted, args.num_folds)
 
         # What there is already: films that an earlier run has finished in the same way
@@ -254,7 +254,7 @@ def check_settings(args: argparse.Namespace) -> None:
             raise Refused(f"--mirror {args.mirror} lies in --output_dir {args.output_dir}; name another --output_dir")
 
 
-def select_views(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
+def select_films(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
     """Return the films of the wanted view that have a caption, and a row of `rejected.jsonl` for each other one.
 
     A film whose view is not known counts as frontal: tables of frontal films often do not say so.
