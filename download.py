@@ -257,7 +257,8 @@ def check_settings(args: argparse.Namespace) -> None:
 def select_films(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
     """Return the films of the wanted view that have a caption, and a row of `rejected.jsonl` for each other one.
 
-    A film whose view is not known counts as frontal: tables of frontal films often do not say so.
+    A film of a table that says nothing of views counts as frontal: tables of frontal films often do not. One whose view
+    its table does not know (UNKNOWN_VIEW) may be lateral, and does not.
     """
     wanted, rejected = [], []
     for film in films:
@@ -274,7 +275,7 @@ def select_films(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
 def check_films(films: list[Film], num_folds: int) -> None:
     """Refuse a table whose films collide in the data folder or cannot be dealt out to folds."""
     if not films:
-        raise Refused("the table has no frontal film; add --view all to use the others")
+        raise Refused("the table has no frontal film with a caption; add --view all to use the others")
     seen = {}
     for film in films:
         other = seen.setdefault(film.file_name.casefold(), film)  # casefold: some disks do not tell A from a
