@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.test_fetch import leftovers, server  # noqa: F401
-from utils.archives import LITTLE_BYTES, MAX_MEMBER_BYTES, MAX_WAITING, Archive, Unpacker
+from utils.archives import LITTLE_BYTES, MAX_FILM_BYTES, MAX_WAITING, Archive, Unpacker
 from utils.fetch import Arriving, NotFetched, Stopped, open_client, version_of
 from utils.refusal import Refused
 
@@ -111,7 +111,7 @@ def test_nothing_in_an_archive_decides_where_a_file_goes(tmp_path: Path) -> None
 
 def bomb() -> bytes:
     member = tarfile.TarInfo("bomb.png")
-    member.size = MAX_MEMBER_BYTES + 1
+    member.size = MAX_FILM_BYTES + 1
     return gzip.compress(member.tobuf() + bytes(1 << 20))
 
 

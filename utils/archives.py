@@ -16,12 +16,10 @@ from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
 from typing import Protocol
 
-from utils.fetch import Arriving, NotFetched, Stopped
+from utils.fetch import MAX_FILM_BYTES, MAX_TABLE_BYTES, Arriving, NotFetched, Stopped
 from utils.files import write_bytes
 from utils.refusal import Refused
 
-MAX_MEMBER_BYTES = 1 << 28  # four times the largest film in use; what is larger is a mistake or a bomb
-MAX_TABLE_BYTES = 1 << 28
 LITTLE_BYTES = 1 << 22  # of what is packed: so much is read beyond the last wanted film, for the checksum at the end
 BLOCK_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of attributes
@@ -139,7 +137,7 @@ def films_of(archive: Archive) -> Iterator[str]:
         try:
             with gzip.GzipFile(fileobj=file) as plain, tarfile.open(fileobj=plain, mode="r|", tarinfo=Header) as tar:
                 while missing and (member := tar.next()) is not None:
-                    if member.size > MAX_MEMBER_BYTES:
+                    if member.size > MAX_FILM_BYTES:
                         raise Refused(
                             f"{archive.name}: {member.name[:100]} has {member.size} bytes; no film is that large"
                         )

@@ -20,6 +20,8 @@ TIMEOUT_S = 20.0  # without a single byte
 MAX_WAIT_S = 30.0
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
+MAX_FILM_BYTES = 1 << 28  # four times the largest film in use; a server may also send without end
+MAX_TABLE_BYTES = 1 << 28
 
 
 class NotFetched(Exception):
@@ -88,9 +90,14 @@ def read_file(client: httpx.Client, mirror: str, name: str) -> bytes | None:
     address = address_of(mirror, name)
 
     def get() -> bytes:
-        response = client.get(address)
-        check_status(response)
-        return response.content
+        content = bytearray()
+        with client.stream("GET", address) as response:
+            check_status(response)
+            for block in response.iter_bytes():
+                content += block
+                if len(content) > MAX_TABLE_BYTES:
+                    raise Refused(f"{address} has more than {MAX_TABLE_BYTES} bytes, which no table has")
+        return bytes(content)
 
     try:
         return with_retries(get, address, threading.Event(), attempts=3)
@@ -166,8 +173,10 @@ def fetch_once(
     client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
 ) -> None:
     """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
-    for part, total in receive(client, address, path, stop):  # noqa: B007
-        pass
+    for part, total in receive(client, address, path, stop):
+        if max(total or 0, part.stat().st_size) > MAX_FILM_BYTES:
+            part.unlink()
+            raise NotFetched("too large")
     check_whole(part, size, total, sha256)
     part.replace(path)
 
@@ -190,10 +199,11 @@ def receive(
         headers["Range"] = f"bytes={offset}-"
     with client.stream("GET", address, headers=headers) as response:
         if response.status_code == 416:
-            if response.headers.get("Content-Range", "").rpartition("/")[2] == str(offset):
+            if known and response.headers.get("Content-Range", "").rpartition("/")[2] == str(offset):
                 yield known[0], offset  # it was whole already: a kill came before its checks
                 return
-            known[0].unlink()
+            for stale in known:
+                stale.unlink()
             raise TryAgain("range not understood")
         check_status(response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -201,14 +211,15 @@ def receive(
         start, total = announced_range(response)
         part = parts / f"{path.name}.{version_of(response, total)}"
         if start and (start != offset or part not in known):
-            known[0].unlink()
+            for stale in known:
+                stale.unlink()
             raise TryAgain("changed on the server")
         for stale in known:
             if stale != part:
                 stale.unlink()
         with open(part, "ab" if start else "wb", buffering=0) as file:
             yield part, total
-            for block in response.iter_raw(1 << 16):
+            for block in response.iter_raw():  # as it comes: what is gathered into larger blocks is lost in a break
                 if stop.is_set():
                     raise Stopped
                 file.write(block)
@@ -295,14 +306,18 @@ def is_part_of(candidate: Path, path: Path) -> bool:
 def announced_range(response: httpx.Response) -> tuple[int, int | None]:
     """Return where in the file the body begins and how long the whole file is, None where the server does not say."""
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
+        return 0, whole_number(response.headers.get("Content-Length", ""))
     unit, _, span = response.headers.get("Content-Range", "").partition(" ")
     first, _, total = span.replace("-", "/").partition("/")
-    total = total.rpartition("/")[2]
-    if unit != "bytes" or not first.isdecimal():
+    start = whole_number(first)
+    if unit != "bytes" or start is None:
         raise TryAgain("range not understood")
-    return int(first), int(total) if total.isdecimal() else None
+    return start, whole_number(total.rpartition("/")[2])
+
+
+def whole_number(digits: str) -> int | None:
+    """Return a number of bytes, None for what is none; Python itself refuses to read more than 4,300 digits."""
+    return int(digits) if digits.isdecimal() and len(digits) < 20 else None
 
 
 def version_of(response: httpx.Response, total: int | None) -> str:
