@@ -123,7 +123,14 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged: {error}") from error
         if header.type in LONG_HEADERS and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            cls._proc_gnusparse_10()
         return header
+
+    @staticmethod
+    def _proc_gnusparse_10(*_) -> None:
+        """Refuse a file with holes: tarfile takes the list of them into memory, however long. No film has any."""
+        raise tarfile.ReadError("a file with holes")
 
 
 def films_of(archive: Archive) -> Iterator[str]:
@@ -152,7 +159,10 @@ def films_of(archive: Archive) -> Iterator[str]:
                         break
         except NotFetched as failure:
             raise Refused(f"{archive.name}: {failure}; the same command goes on from here") from failure
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except Refused:
+            raise
+        # The last two: of attributes that are no numbers, and of headers that announce one another without end
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
             if isinstance(file, Arriving):
                 file.discard()
                 remedy = "what had come of it was deleted, run this again"
