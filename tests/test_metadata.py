@@ -135,6 +135,8 @@ def test_folders_without_one_table_are_refused(tmp_path):
         ("t.jsonl", b'{"file_name": "a.png", "text": "A.", "age": NaN}\n', "line 1: not a JSON object"),
         ("t.jsonl", b'{"file_name": "a.png", "text": "\\ud800"}\n', "line 1: not a JSON object"),
         ("t.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
+        ("t.csv", b"file_name,text\na.png," + b"x" * 10_000_000, "field larger than field limit"),
+        ("t.jsonl", b'{"file_name": "a.png", "text": "%b"}\n' % (b"x" * 10_000_000), "line 1: text has 10000000 char"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(name, content, message):
