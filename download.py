@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
             if not is_address(mirror):
                 return film, path if path.is_file() else NotFetched("not found")
             try:
-                fetch_file(client, address_of(mirror, film.path), path, stop)
+                fetch_file(client, address_of(mirror, film.path), path, stop, sha256=film.sha256)
             except NotFetched as failure:
                 return film, failure
             return film, path

@@ -273,6 +273,15 @@ def test_folder_reads_json_lines_and_lists(tmp_path):
     assert (film.patient_id, film.findings, film.age) == ("7", ["A", "B"], 40)
 
 
+def test_folder_takes_a_hash_for_that_of_the_file_if_it_is_one(tmp_path):
+    digest = "0123456789abcdef" * 4
+    cells = {digest: digest, f" {digest.upper()} ": digest, "": None, None: None, digest[1:]: None, "g" * 64: None}
+    rows = [{"file_name": f"{n}.png", "text": "A.", "sha256": cell} for n, cell in enumerate(cells)]
+    films = folder_films("any.jsonl", "".join(json.dumps(row) + "\n" for row in rows), tmp_path)
+    assert [film.sha256 for film in films] == list(cells.values())
+    assert ["sha256" in film.described() for film in films] == [bool(digest) for digest in cells.values()]
+
+
 def test_folder_prefers_the_table_with_the_usual_name(tmp_path):
     (tmp_path / "notes.csv").write_text("a,b\n")
     assert folder_films("metadata.csv", "file_name,text\na.png,A.\n", tmp_path)[0].text == "A."

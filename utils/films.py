@@ -45,11 +45,13 @@ class Film:
     sex: str | None = None  # "M" or "F"
     boxes: list[dict] | None = None  # of each finding: name, side, zone and box, left top right bottom as fractions
     archive: str | None = None  # below the mirror, a tar; a film that lies unpacked at `path` is taken from there
+    sha256: str | None = None  # of the file at `path`, 64 hexadecimal digits
 
     def described(self) -> dict:
-        """Return what the source's table says of it; boxes only where it has any, as most sources know none."""
+        """Return what the source's table says of it; boxes and hash only where it has any, as most sources know none."""
+        rare = ("boxes", "sha256")
         described = {name: value for name, value in vars(self).items() if name != "archive"}
-        return {name: value for name, value in described.items() if name != "boxes" or value is not None}
+        return {name: value for name, value in described.items() if name not in rare or value is not None}
 
 
 def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
@@ -123,6 +125,9 @@ def load_image(path: Path) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             width, height = image.size
             if width * height <= MAX_PIXELS:
+                if image.format == "PNG":  # Pillow decodes pixels whose checksum is wrong
+                    image.verify()
+                    image = Image.open(file, formats=FORMATS)  # what was verified cannot be decoded
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
