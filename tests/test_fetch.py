@@ -3,7 +3,9 @@
 import hashlib
 import random
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -171,6 +173,18 @@ def test_a_film_without_end_is_given_up(length, tmp_path, monkeypatch):
     with httpx.Client(transport=transport) as client, pytest.raises(NotFetched, match="too large"):
         fetch_file(client, "http://host/film.png", tmp_path / "film.png", threading.Event())
     assert not leftovers(tmp_path / "film.png")
+
+
+@pytest.mark.parametrize(("bytes_s", "arrives"), [(900, False), (1100, True)])
+def test_a_film_that_trickles_in_is_given_up(bytes_s, arrives, tmp_path, monkeypatch):
+    seconds = iter(range(0, 10**6, 5))
+    monkeypatch.setattr(utils.fetch, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    blocks = [CONTENT[i : i + 5 * bytes_s] for i in range(0, 100_000, 5 * bytes_s)]
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=iter(blocks)))
+    given_up = nullcontext() if arrives else pytest.raises(NotFetched, match="too slow")
+    with httpx.Client(transport=transport) as client, given_up:
+        fetch_file(client, "http://host/film.png", tmp_path / "film.png", threading.Event(), first_wait_s=0.001)
+    assert (tmp_path / "film.png").exists() == arrives
 
 
 def test_a_table_without_end_is_refused(monkeypatch):

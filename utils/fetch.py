@@ -7,6 +7,7 @@ holds the version the server gave (ETag, date, size), so that two versions are n
 import hashlib
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from utils.refusal import Refused
 
 TIMEOUT_S = 20.0  # without a single byte
 MAX_WAIT_S = 30.0
+SLOWEST_BYTES_S = 1000  # a film that trickles in would hold up a run for days
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
 MAX_FILM_BYTES = 1 << 28  # four times the largest film in use; a server may also send without end
@@ -173,10 +175,19 @@ def fetch_once(
     client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
 ) -> None:
     """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
+    since = None
     for part, total in receive(client, address, path, stop):
-        if max(total or 0, part.stat().st_size) > MAX_FILM_BYTES:
+        length = part.stat().st_size
+        if max(total or 0, length) > MAX_FILM_BYTES:
             part.unlink()
             raise NotFetched("too large")
+        now = time.monotonic()
+        if since is None:
+            since, had = now, length
+        elif now - since > TIMEOUT_S:
+            if length - had < SLOWEST_BYTES_S * (now - since) and length != total:
+                raise TryAgain("too slow")
+            since, had = now, length
     check_whole(part, size, total, sha256)
     part.replace(path)
 
