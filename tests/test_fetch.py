@@ -5,10 +5,9 @@ import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 
-from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client, read_file
+from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client
 from utils.refusal import Refused
 
 CONTENT = random.Random(0).randbytes(1 << 20)
@@ -189,27 +188,6 @@ def test_a_stopped_run_stops_waiting_and_transferring(server, tmp_path):
     server.script = [500]
     with pytest.raises(Stopped):
         fetch(server, tmp_path / "other.png", stop)
-
-
-def test_names_are_quoted_in_addresses(server, tmp_path):
-    seen = []
-    transport = httpx.MockTransport(lambda request: seen.append(request.url.raw_path) or httpx.Response(404))
-    with httpx.Client(transport=transport) as client:
-        assert read_file(client, "http://host/set", "a b/ü#1?.csv") is None
-    assert seen == [b"/set/a%20b/%C3%BC%231%3F.csv"]
-
-
-def test_tables_are_read_from_folder_and_address_alike(server, tmp_path):
-    (tmp_path / "table.csv").write_bytes(CONTENT)
-    with open_client(1) as client:
-        assert read_file(client, str(tmp_path), "table.csv") == read_file(client, server.address, "table.csv")
-        server.script = [404]
-        assert (
-            read_file(client, str(tmp_path), "absent.csv") is read_file(client, server.address, "absent.csv") is None
-        )
-        server.script = [403]
-        with pytest.raises(Refused, match="403"):
-            read_file(client, server.address, "table.csv")
 
 
 @pytest.mark.parametrize("mirror", ["ftp://host/set", "file:///set", "http://", "https:///set", "/no/such/folder", ""])

@@ -9,7 +9,6 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import httpx
 
@@ -61,43 +60,11 @@ def check_mirror(mirror: str) -> str:
     return str(folder)
 
 
-def address_of(mirror: str, name: str) -> str:
-    """Return the address of a file below the mirror's address."""
-    return f"{mirror}/{quote(name)}"
-
-
 def open_client(num_connections: int) -> httpx.Client:
     """Return the one client that all threads share; at most `num_connections` transfers run at once."""
     limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
     timeout = httpx.Timeout(TIMEOUT_S, pool=None)
     return httpx.Client(limits=limits, timeout=timeout, follow_redirects=True)
-
-
-def read_file(client: httpx.Client, mirror: str, name: str) -> bytes | None:
-    """Return a small file of the mirror as bytes, None where the mirror has no such file.
-
-    Raises:
-        Refused: where the mirror does not answer or does not let us read.
-    """
-    if not is_address(mirror):
-        path = Path(mirror) / name
-        try:
-            return path.read_bytes() if path.is_file() else None
-        except OSError as error:
-            raise Refused(f"cannot read {path}: {error.strerror}") from None
-    address = address_of(mirror, name)
-
-    def get() -> bytes:
-        response = client.get(address)
-        check_status(response)
-        return response.content
-
-    try:
-        return with_retries(get, address, threading.Event(), attempts=3)
-    except NotFetched as failure:
-        if str(failure) == "not found":
-            return None
-        raise Refused(f"cannot read {address}: {failure}; is --mirror right?") from None
 
 
 def fetch_file(
