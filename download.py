@@ -82,6 +82,7 @@ SOURCES = {
 }  # fmt: skip
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
+DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
 TARS = (".tgz", ".tar.gz")
 COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
@@ -470,15 +471,20 @@ def make_films(
         path, found = unpacker.take()
         return packed[path], path if found else NotFetched("not in its archive")
 
-    def prepare(film: Film, path: Path | None) -> dict:
+    again = set()
+
+    def prepare(film: Film, path: Path | None) -> dict | Callable:
         if path is None:
             return done[film.file_name]
         raw = raws[film.file_name]
         try:
             png, noted = prepare_film(path, resolution)
         except UnusableFilm as fault:
-            if mirror.is_remote and not raw.is_packed and str(fault) == "cannot be decoded":
-                path.unlink()  # it may have been cut short without a word: the next run fetches it again
+            if mirror.is_remote and not raw.is_packed and film.sha256 is None and str(fault) in DAMAGED:
+                path.unlink()
+                if film.file_name not in again:
+                    again.add(film.file_name)
+                    return partial(fetch, film)
             raise
         finally:
             if not raw.is_kept:
@@ -498,7 +504,7 @@ def make_films(
 
 def fetch_and_prepare(
     tasks: Sequence[Callable[[], tuple[Film, Path | NotFetched | None]]],
-    prepare: Callable[[Film, Path | None], dict],
+    prepare: Callable[[Film, Path | None], dict | Callable],
     num_workers: int,
     stop: threading.Event,
 ) -> Iterator[tuple[Film, dict | str]]:
@@ -511,7 +517,7 @@ def fetch_and_prepare(
     Args:
         tasks: one a film; each returns a film with its raw file, with None where it is finished already, or with the
             reason why there is none.
-        prepare: makes the finished film of the raw one.
+        prepare: makes the finished film of the raw one, or returns a task that fetches it again.
     """
     fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
     waiting, under_way = iter(tasks), {}
@@ -539,6 +545,9 @@ def fetch_and_prepare(
                         result = future.result()
                     except UnusableFilm as fault:
                         result = str(fault)
+                    if callable(result):
+                        under_way[fetchers.submit(result)] = None
+                        continue
                 bar.update()
                 yield film, result
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.test_fetch import leftovers, server  # noqa: F401
-from utils.archives import LITTLE_BYTES, MAX_MEMBER_BYTES, MAX_WAITING, Archive, Unpacker, films_of_tar
+from utils.archives import LITTLE_BYTES, MAX_FILM_BYTES, MAX_WAITING, Archive, Unpacker, films_of_tar
 from utils.fetch import Arriving, NotFetched, Stopped, open_client, version_of
 from utils.refusal import Refused
 
@@ -113,7 +113,7 @@ def test_nothing_in_an_archive_decides_where_a_file_goes(tmp_path: Path) -> None
 
 def bomb() -> bytes:
     member = tarfile.TarInfo("bomb.png")
-    member.size = MAX_MEMBER_BYTES + 1
+    member.size = MAX_FILM_BYTES + 1
     return gzip.compress(member.tobuf() + bytes(1 << 20))
 
 
@@ -133,6 +133,21 @@ def long_name(size: int) -> bytes:
     return gzip.compress(member.tobuf() + bytes(1 << 20))
 
 
+def attributes(times: int = 1, **sparse: str) -> bytes:
+    """Return the head of a tar: a film after `times` headers of attributes."""
+    film = tarfile.TarInfo("film5.png")
+    film.pax_headers = {f"GNU.sparse.{name}": value for name, value in sparse.items()} or {"comment": "none"}
+    header = film.tobuf(tarfile.PAX_FORMAT)
+    return header[:-512] * times + header[-512:]
+
+
+def holes() -> bytes:
+    """Return the tar of a film with more holes than there is memory for, in GNU's old format."""
+    member = tarfile.TarInfo("film5.png")
+    member.type = tarfile.GNUTYPE_SPARSE
+    return member.tobuf()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -144,6 +159,13 @@ def long_name(size: int) -> bytes:
         (damaged(600, HEADER + 100), "damaged: truncated header"),
         (damaged(600, HEADER), "damaged: empty header"),
         (long_name(1 << 30), "a header of 1073741824 bytes"),
+        (gzip.compress(attributes(2000), mtime=0), "recursion"),
+        (gzip.compress(attributes(map="a,b"), mtime=0), "invalid literal"),
+        (
+            gzip.compress(attributes(major="1", minor="0") + b"9999999999\n" + b"1\n" * 4000, mtime=0),
+            "a file with holes",
+        ),
+        (gzip.compress(holes(), mtime=0), "a file with holes"),
     ],
 )
 def test_archives_that_cannot_be_used_are_refused(content: bytes, reason: str, tmp_path: Path) -> None:

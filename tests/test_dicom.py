@@ -1,5 +1,6 @@
 """DICOM films: what is dense is bright whatever the file says it how, and nothing of the header comes along."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     JPEGLSLossless,
     RLELossless,
@@ -143,6 +145,40 @@ def test_compressed_films_are_the_same(tmp_path: Path, syntax: str) -> None:
     dataset.compress(syntax)
     dataset.save_as(tmp_path / "compressed.dcm", enforce_file_format=True)
     np.testing.assert_array_equal(decode_film(tmp_path / "compressed.dcm"), decode_film(plain))
+
+
+def test_a_deflated_film_is_read_and_a_bomb_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = save(tmp_path, chest(12), 12)
+    dataset = pydicom.dcmread(plain)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "deflated.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(decode_film(tmp_path / "deflated.dcm"), decode_film(plain))
+    monkeypatch.setattr("utils.dicom.MAX_INFLATED_BYTES", 2 * ROWS * COLUMNS)  # the header comes on top of the pixels
+    with pytest.raises(UnusableFilm, match="too large"):
+        decode_film(tmp_path / "deflated.dcm")
+
+
+def test_no_decoder_makes_room_for_what_a_frame_says_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame of 60,000 pixels a side in a film of a hundred took gigabytes before it was refused."""
+    dataset = pydicom.dcmread(save(tmp_path, chest(12), 12))
+    dataset.compress(JPEGLSLossless)
+    dataset.save_as(tmp_path / "ls.dcm", enforce_file_format=True)
+    (tmp_path / "2000.dcm").write_bytes(
+        Path(get_testdata_file("MR_small_jp2klossless.dcm", download=False)).read_bytes()
+    )
+    monkeypatch.setattr("utils.dicom.pixel_array", lambda *_, **__: pytest.fail("asked to decode"))
+    sizes = {
+        "ls.dcm": (b"\xff\xf7", struct.pack(">HH", ROWS, COLUMNS)),
+        "2000.dcm": (b"\xff\x4f\xff\x51", struct.pack(">II", 64, 64)),
+    }
+    for name, (marker, size) in sizes.items():
+        content = (tmp_path / name).read_bytes()
+        begins = content.index(size, content.index(marker))
+        (tmp_path / name).write_bytes(content[:begins] + b"\x60" * len(size) + content[begins + len(size) :])
+        with pytest.raises(UnusableFilm, match="cannot be decoded"):
+            decode_film(tmp_path / name)
 
 
 @pytest.mark.parametrize(

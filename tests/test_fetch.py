@@ -3,10 +3,14 @@
 import hashlib
 import random
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
+import utils.fetch
 from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client
 from utils.refusal import Refused
 
@@ -117,6 +121,70 @@ def test_another_run_goes_on_where_the_first_was(server, tmp_path):
     fetch(server, path)
     assert server.ranges == [f"bytes={len(CONTENT) // 2}-"]
     assert path.read_bytes() == CONTENT
+
+
+def test_little_that_came_before_a_break_is_kept(server, tmp_path):
+    """A film of some kilobytes: a server that breaks off often would otherwise never get it through."""
+    server.content, server.script = CONTENT[:10_000], ["breaks off"]
+    fetch(server, tmp_path / "film.png")
+    assert server.ranges == [None, "bytes=5000-"]
+
+
+@pytest.mark.parametrize(
+    ("status", "content_range"),
+    [
+        (416, None),
+        (416, "bytes */0"),
+        (206, "bytes 5-104/105"),
+        (206, None),
+        (206, "bytes " + "9" * 5000 + "-104/105"),
+        (206, "bytes 0-104/" + "9" * 5000),
+    ],
+)
+@pytest.mark.parametrize("known", [b"", b"earlier"])
+def test_ranges_that_make_no_sense_are_no_fault_of_ours(status, content_range, known, tmp_path):
+    """A server that answers any request with a range, or says there is none."""
+    if known:
+        (tmp_path / ".part").mkdir()
+        (tmp_path / ".part" / "film.png.00000000").write_bytes(known)
+    headers = {"Content-Range": content_range} if content_range else {}
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(status, headers=headers, content=iter([CONTENT[:100]]))
+    )
+    with httpx.Client(transport=transport) as client:
+        try:
+            fetch_file(client, "http://host/film.png", tmp_path / "film.png", threading.Event(), first_wait_s=0.001)
+        except NotFetched as failure:
+            assert str(failure) in ("range not understood", "changed on the server")
+        else:
+            assert (tmp_path / "film.png").read_bytes() == CONTENT[:100]
+
+
+def endless():
+    while True:
+        yield bytes(1 << 16)
+
+
+@pytest.mark.parametrize("length", [None, str(1 << 40)])
+def test_a_film_without_end_is_given_up(length, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.fetch, "MAX_FILM_BYTES", 1 << 20)
+    headers = {"Content-Length": length} if length else {}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, content=endless()))
+    with httpx.Client(transport=transport) as client, pytest.raises(NotFetched, match="too large"):
+        fetch_file(client, "http://host/film.png", tmp_path / "film.png", threading.Event())
+    assert not leftovers(tmp_path / "film.png")
+
+
+@pytest.mark.parametrize(("bytes_s", "arrives"), [(900, False), (1100, True)])
+def test_a_film_that_trickles_in_is_given_up(bytes_s, arrives, tmp_path, monkeypatch):
+    seconds = iter(range(0, 10**6, 5))
+    monkeypatch.setattr(utils.fetch, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    blocks = [CONTENT[i : i + 5 * bytes_s] for i in range(0, 100_000, 5 * bytes_s)]
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=iter(blocks)))
+    given_up = nullcontext() if arrives else pytest.raises(NotFetched, match="too slow")
+    with httpx.Client(transport=transport) as client, given_up:
+        fetch_file(client, "http://host/film.png", tmp_path / "film.png", threading.Event(), first_wait_s=0.001)
+    assert (tmp_path / "film.png").exists() == arrives
 
 
 def test_two_versions_are_never_stitched_together(server, tmp_path):

@@ -299,6 +299,18 @@ def test_a_film_cut_short_anywhere_is_refused(suffix, tmp_path):
             decode_film(path)
 
 
+def test_two_bytes_of_a_png_in_the_wrong_order_are_noticed(tmp_path):
+    """Pillow alone returns wrong pixels for some."""
+    whole = saved(tmp_path, Image.fromarray(film_pixels())).read_bytes()
+    ends = whole.rindex(b"IEND") - 4
+    for place in np.random.default_rng(0).permutation(np.arange(ends - 1))[:300]:
+        pair = whole[place : place + 2]
+        if pair[0] != pair[1]:
+            (tmp_path / "swapped.png").write_bytes(whole[:place] + pair[::-1] + whole[place + 2 :])
+            with pytest.raises(UnusableFilm, match="cannot be decoded"):
+                decode_film(tmp_path / "swapped.png")
+
+
 def test_what_is_no_film_is_refused(tmp_path):
     (tmp_path / "page.png").write_text("<html>not found</html>")
     with pytest.raises(UnusableFilm, match="cannot be decoded"):

@@ -137,6 +137,8 @@ def test_folders_without_one_table_are_refused(tmp_path):
         ("t.jsonl", b'{"file_name": "a.png", "text": "A.", "age": NaN}\n', "line 1: not a JSON object"),
         ("t.jsonl", b'{"file_name": "a.png", "text": "\\ud800"}\n', "line 1: not a JSON object"),
         ("t.jsonl", b"[" * 100_000, "line 1: not a JSON object"),
+        ("t.csv", b"file_name,text\na.png," + b"x" * 10_000_000, "field larger than field limit"),
+        ("t.jsonl", b'{"file_name": "a.png", "text": "%b"}\n' % (b"x" * 10_000_000), "line 1: text has 10000000 char"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(name, content, message):
@@ -271,6 +273,15 @@ def test_folder_reads_json_lines_and_lists(tmp_path):
     row = {"file_name": "a.png", "text": "A.", "patient_id": 7, "findings": ["B", "A"], "age": 40}
     film = folder_films("any.jsonl", json.dumps(row) + "\n\n", tmp_path)[0]
     assert (film.patient_id, film.findings, film.age) == ("7", ["A", "B"], 40)
+
+
+def test_folder_takes_a_hash_for_that_of_the_file_if_it_is_one(tmp_path):
+    digest = "0123456789abcdef" * 4
+    cells = {digest: digest, f" {digest.upper()} ": digest, "": None, None: None, digest[1:]: None, "g" * 64: None}
+    rows = [{"file_name": f"{n}.png", "text": "A.", "sha256": cell} for n, cell in enumerate(cells)]
+    films = folder_films("any.jsonl", "".join(json.dumps(row) + "\n" for row in rows), tmp_path)
+    assert [film.sha256 for film in films] == list(cells.values())
+    assert ["sha256" in film.described() for film in films] == [bool(digest) for digest in cells.values()]
 
 
 def test_folder_prefers_the_table_with_the_usual_name(tmp_path):

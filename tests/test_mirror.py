@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_fetch import CONTENT, server  # noqa: F401
-from utils.archives import MAX_MEMBER_BYTES, Archive, films_of_zip
+from utils.archives import MAX_FILM_BYTES, Archive, films_of_zip
 from utils.fetch import NotFetched, open_client
 from utils.mirror import Mirror, Ranged
 from utils.refusal import Refused
@@ -108,8 +108,8 @@ def test_damaged_and_absurd_members_of_a_zip_are_refused(tmp_path: Path, monkeyp
     with pytest.raises(Refused, match="CRC"):
         list(films_of_zip(archive))
     assert not (tmp_path / "a.png").exists()
-    monkeypatch.setattr("utils.archives.MAX_MEMBER_BYTES", 1000)
-    assert MAX_MEMBER_BYTES > 1000
+    monkeypatch.setattr("utils.archives.MAX_FILM_BYTES", 1000)
+    assert MAX_FILM_BYTES > 1000
     with pytest.raises(Refused, match="no film is that large"):
         list(films_of_zip(archive))
 
@@ -120,3 +120,10 @@ def test_a_file_that_changes_meanwhile_is_not_stitched_together() -> None:
     host.content = CONTENT[:-5]
     with pytest.raises(NotFetched, match="changed"):
         file.readinto(memoryview(bytearray(100)))
+
+
+def test_a_table_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.mirror.MAX_TABLE_BYTES", 1 << 20)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=iter([CONTENT] * 3)))
+    with httpx.Client(transport=transport) as client, pytest.raises(Refused, match="more than 1048576 bytes"):
+        Mirror("http://host", client, is_remote=True).read("table.csv")

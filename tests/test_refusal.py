@@ -29,6 +29,13 @@ def test_refused_input_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err.endswith(": first second\n")
 
 
+def test_a_refusal_stays_a_line_that_can_be_read_whatever_it_names(capsys):
+    assert run(ending_in(Refused(f"name {'x' * 10_000_000} is too long; use a shorter one")), Namespace) == 2
+    message = capsys.readouterr().err
+    assert len(message) < 1100
+    assert "name xxx" in message and message.endswith("is too long; use a shorter one\n")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_disk_that_cannot_be_written_is_one_line_and_status_2(number, capsys):
     assert run(ending_in(OSError(number, "why", "where")), Namespace) == 2

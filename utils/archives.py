@@ -17,12 +17,10 @@ from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
 from typing import Protocol
 
-from utils.fetch import Arriving, NotFetched, Stopped
+from utils.fetch import MAX_FILM_BYTES, MAX_TABLE_BYTES, Arriving, NotFetched, Stopped
 from utils.files import write_bytes
 from utils.refusal import Refused
 
-MAX_MEMBER_BYTES = 1 << 28  # four times the largest film in use; what is larger is a mistake or a bomb
-MAX_TABLE_BYTES = 1 << 28
 LITTLE_BYTES = 1 << 22  # of what is packed: so much is read beyond the last wanted film, for the checksum at the end
 BLOCK_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of attributes
@@ -129,7 +127,14 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged: {error}") from error
         if header.type in LONG_HEADERS and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            cls._proc_gnusparse_10()
         return header
+
+    @staticmethod
+    def _proc_gnusparse_10(*_) -> None:
+        """Refuse a file with holes: tarfile takes the list of them into memory, however long. No film has any."""
+        raise tarfile.ReadError("a file with holes")
 
 
 def films_of_tar(archive: Archive) -> Iterator[str]:
@@ -143,7 +148,7 @@ def films_of_tar(archive: Archive) -> Iterator[str]:
         try:
             with gzip.GzipFile(fileobj=file) as plain, tarfile.open(fileobj=plain, mode="r|", tarinfo=Header) as tar:
                 while missing and (member := tar.next()) is not None:
-                    if member.size > MAX_MEMBER_BYTES:
+                    if member.size > MAX_FILM_BYTES:
                         raise Refused(
                             f"{archive.name}: {member.name[:100]} has {member.size} bytes; no film is that large"
                         )
@@ -158,7 +163,10 @@ def films_of_tar(archive: Archive) -> Iterator[str]:
                         break
         except NotFetched as failure:
             raise Refused(f"{archive.name}: {failure}; the same command goes on from here") from failure
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except Refused:
+            raise
+        # The last two: of attributes that are no numbers, and of headers that announce one another without end
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
             if isinstance(file, Arriving):
                 file.discard()
                 remedy = "what had come of it was deleted, run this again"
@@ -177,7 +185,7 @@ def films_of_zip(archive: Archive) -> Iterator[str]:
         with closing(archive.open()) as file, zipfile.ZipFile(file) as plain:
             members = {member.filename: member for member in plain.infolist() if member.filename in archive.wanted}
             for member in sorted(members.values(), key=lambda member: member.header_offset):
-                if member.file_size > MAX_MEMBER_BYTES:
+                if member.file_size > MAX_FILM_BYTES:
                     raise Refused(
                         f"{archive.name}: {member.filename[:100]} has {member.file_size} bytes; no film is that large"
                     )

@@ -4,18 +4,23 @@ Read with pydicom and its plug-ins for JPEG, JPEG-LS, JPEG 2000 and RLE. Pixels 
 """
 
 import io
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pydicom.config
+from pydicom.encaps import get_frame
+from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing, pixel_array
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
+    DeflatedExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
     JPEG2000Lossless,
@@ -34,15 +39,18 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 # One for each compression, and of those that can read it one that survives damaged files. GDCM does not: it ends the
 # process, so what it alone can read it reads in a process of its own
+JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
+JPEG_2000 = (JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 PLUGINS = {
     **dict.fromkeys((JPEGBaseline8Bit, JPEGExtended12Bit), "pillow"),
-    **dict.fromkeys((JPEGLSLossless, JPEGLSNearLossless), "pyjpegls"),
-    **dict.fromkeys((JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL), "pylibjpeg"),
+    **dict.fromkeys(JPEG_LS, "pyjpegls"),
+    **dict.fromkeys(JPEG_2000, "pylibjpeg"),
     RLELossless: "pydicom",
 }
 ISOLATED = (JPEGLossless, JPEGLosslessSV1)
 ISOLATED_S = 60.0  # longest that a film may take there
 
+MAX_INFLATED_BYTES = 1 << 28
 MAGIC_AT, MAGIC = 128, b"DICM"
 BEYOND = np.array([-1e12, 1e12])  # every window: what it makes of them are the levels of black and white
 
@@ -91,6 +99,7 @@ def read_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, fl
 
 def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, float] | None]:
     """As `read_dicom`, but a damaged file raises whatever pydicom makes of it."""
+    check_inflated(path)
     dataset = pydicom.dcmread(path)
     height, width, frames = (int(dataset.get(name) or 0) for name in ("Rows", "Columns", "NumberOfFrames"))
     if "PixelData" not in dataset or not height * width:
@@ -117,9 +126,40 @@ def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, 
     return levels, limits
 
 
+def check_inflated(path: Path) -> None:
+    """Refuse a deflated file of more bytes than any film has: pydicom would take all of them into memory."""
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        begins = MAGIC_AT + len(MAGIC) + 12 + meta.FileMetaInformationGroupLength  # 12 bytes say the length
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflater.decompress(path.read_bytes()[begins:], MAX_INFLATED_BYTES)
+        if inflater.unconsumed_tail:
+            raise UnreadableDicom("too large")
+
+
+def check_frame(dataset: pydicom.Dataset) -> None:
+    """Refuse a compressed frame of another size than the file's: its decoder would make room for any."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    expected = (dataset.Rows, dataset.Columns, dataset.SamplesPerPixel)
+    if syntax in JPEG_2000:
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        right, bottom, left, top, *_, samples = struct.unpack_from(">8IH", frame, frame.index(b"\xff\x4f\xff\x51") + 8)
+        said = (bottom - top, right - left, samples)
+    elif syntax in JPEG_LS:
+        frame, place = get_frame(dataset.PixelData, 0, number_of_frames=1), 2
+        while frame[place + 1] != 0xF7:  # segments before that of the frame
+            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+        said = struct.unpack_from(">HHB", frame, place + 5)
+    else:
+        return
+    if said != expected:
+        raise UnreadableDicom("cannot be decoded")
+
+
 def decompress(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
     """Return the stored values of a file's only frame, [H, W] or RGB [H, W, 3]."""
     syntax = dataset.file_meta.TransferSyntaxUID
+    check_frame(dataset)
     if syntax in ISOLATED:
         command = [sys.executable, __file__, str(path.absolute())]
         done = subprocess.run(command, capture_output=True, timeout=ISOLATED_S, check=True)

@@ -7,6 +7,7 @@ holds the version the server gave (ETag, date, size), so that two versions are n
 import hashlib
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from utils.refusal import Refused
 
 TIMEOUT_S = 20.0  # without a single byte
 MAX_WAIT_S = 30.0
+SLOWEST_BYTES_S = 1000  # a film that trickles in would hold up a run for days
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
+MAX_FILM_BYTES = 1 << 28  # four times the largest film in use; a server may also send without end
+MAX_TABLE_BYTES = 1 << 28
 
 
 class NotFetched(Exception):
@@ -75,6 +79,7 @@ def fetch_file(
     size: int | None = None,
     sha256: str | None = None,
     first_wait_s: float = FIRST_WAIT_S,
+    is_film: bool = True,
 ) -> None:
     """Download a file, going on where an earlier attempt ended, unless it is there already.
 
@@ -83,15 +88,16 @@ def fetch_file(
         stop: set it from another thread and the transfer ends with `Stopped` at the next block.
         size: in bytes, where known beforehand; the server's Content-Length is checked in any case.
         sha256: 64 hexadecimal digits, where known.
+        is_film: whether it may have as many bytes as a film at most.
 
     Raises:
-        NotFetched: not there, not allowed, or still broken after several attempts.
+        NotFetched: not there, not allowed, too large, or still broken after several attempts.
         Refused: where the host cannot be reached.
     """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256), address, stop, first_wait_s)
+    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256, is_film), address, stop, first_wait_s)
 
 
 def with_retries(transfer, address: str, stop: threading.Event, first_wait_s=FIRST_WAIT_S, attempts=ATTEMPTS):
@@ -130,11 +136,28 @@ def check_status(response: httpx.Response) -> None:
 
 
 def fetch_once(
-    client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
+    client: httpx.Client,
+    address: str,
+    path: Path,
+    stop: threading.Event,
+    size: int | None,
+    sha256: str | None,
+    is_film: bool,
 ) -> None:
     """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
-    for part, total in receive(client, address, path, stop):  # noqa: B007
-        pass
+    since = None
+    for part, total in receive(client, address, path, stop):
+        length = part.stat().st_size
+        if is_film and max(total or 0, length) > MAX_FILM_BYTES:
+            part.unlink()
+            raise NotFetched("too large")
+        now = time.monotonic()
+        if since is None:
+            since, had = now, length
+        elif now - since > TIMEOUT_S:
+            if length - had < SLOWEST_BYTES_S * (now - since) and length != total:
+                raise TryAgain("too slow")
+            since, had = now, length
     check_whole(part, size, total, sha256)
     part.replace(path)
 
@@ -157,10 +180,11 @@ def receive(
         headers["Range"] = f"bytes={offset}-"
     with client.stream("GET", address, headers=headers) as response:
         if response.status_code == 416:
-            if response.headers.get("Content-Range", "").rpartition("/")[2] == str(offset):
+            if known and response.headers.get("Content-Range", "").rpartition("/")[2] == str(offset):
                 yield known[0], offset  # it was whole already: a kill came before its checks
                 return
-            known[0].unlink()
+            for stale in known:
+                stale.unlink()
             raise TryAgain("range not understood")
         check_status(response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -168,14 +192,15 @@ def receive(
         start, total = announced_range(response)
         part = parts / f"{path.name}.{version_of(response, total)}"
         if start and (start != offset or part not in known):
-            known[0].unlink()
+            for stale in known:
+                stale.unlink()
             raise TryAgain("changed on the server")
         for stale in known:
             if stale != part:
                 stale.unlink()
         with open(part, "ab" if start else "wb", buffering=0) as file:
             yield part, total
-            for block in response.iter_raw(1 << 16):
+            for block in response.iter_raw():  # as it comes: what is gathered into larger blocks is lost in a break
                 if stop.is_set():
                     raise Stopped
                 file.write(block)
@@ -262,14 +287,18 @@ def is_part_of(candidate: Path, path: Path) -> bool:
 def announced_range(response: httpx.Response) -> tuple[int, int | None]:
     """Return where in the file the body begins and how long the whole file is, None where the server does not say."""
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
+        return 0, whole_number(response.headers.get("Content-Length", ""))
     unit, _, span = response.headers.get("Content-Range", "").partition(" ")
     first, _, total = span.replace("-", "/").partition("/")
-    total = total.rpartition("/")[2]
-    if unit != "bytes" or not first.isdecimal():
+    start = whole_number(first)
+    if unit != "bytes" or start is None:
         raise TryAgain("range not understood")
-    return int(first), int(total) if total.isdecimal() else None
+    return start, whole_number(total.rpartition("/")[2])
+
+
+def whole_number(digits: str) -> int | None:
+    """Return a number of bytes, None for what is none; Python itself refuses to read more than 4,300 digits."""
+    return int(digits) if digits.isdecimal() and len(digits) < 20 else None
 
 
 def version_of(response: httpx.Response, total: int | None) -> str:

@@ -143,10 +143,10 @@ def load_image(path: Path) -> Image.Image:
         with open(path, "rb") as file:  # given the path, Pillow 13 maps a TIFF that lies on its side with wrong lines
             image = Image.open(file, formats=FORMATS)
             width, height = image.size
-            if image.format == "PNG":  # decoding skips the checksums, and one swap of bytes in eighty gets through
-                image.verify()
-                image = Image.open(file, formats=FORMATS)
             if width * height <= MAX_PIXELS:
+                if image.format == "PNG":  # decoding skips the checksums, and one swap of bytes in eighty gets through
+                    image.verify()
+                    image = Image.open(file, formats=FORMATS)  # what was verified cannot be decoded
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

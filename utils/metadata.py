@@ -74,6 +74,11 @@ def json_rows(name: str, text: str, columns: Collection[str]) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise Refused(f"{name}, line {number}: not a JSON object; expected one a line")
         require_columns(f"{name}, line {number}:", row, columns)
+        for column, cell in row.items():
+            if isinstance(cell, str) and len(cell) > csv.field_size_limit():  # as in a CSV table
+                raise Refused(
+                    f"{name}, line {number}: {column} has {len(cell)} characters; a cell may have {csv.field_size_limit()}"
+                )
         yield row
 
 

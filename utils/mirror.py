@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from utils.fetch import NotFetched, check_status, fetch_file, with_retries
+from utils.fetch import MAX_TABLE_BYTES, NotFetched, check_status, fetch_file, with_retries
 from utils.refusal import Refused
 
 FILM_BYTES = 1 << 22  # read at once of an archive at an address, where films are wanted of it
@@ -64,9 +64,14 @@ class Mirror:
         address = self.address(name)
 
         def get() -> bytes:
-            response = self.client.get(address)
-            check_status(response)
-            return response.content
+            content = bytearray()
+            with self.client.stream("GET", address) as response:
+                check_status(response)
+                for block in response.iter_bytes():
+                    content += block
+                    if len(content) > MAX_TABLE_BYTES:
+                        raise Refused(f"{address} has more than {MAX_TABLE_BYTES} bytes, which no table has")
+            return bytes(content)
 
         try:
             return with_retries(get, address, threading.Event(), attempts=3)
@@ -92,7 +97,7 @@ class Mirror:
                 if ranged.size is not None:
                     return io.BufferedReader(ranged, read_ahead)
                 print(f"{self.address(name)} gives no part of a file: the whole is downloaded first", flush=True)
-                fetch_file(self.client, self.address(name), downloaded, stop)
+                fetch_file(self.client, self.address(name), downloaded, stop, is_film=False)
         except NotFetched as failure:
             if str(failure) == "not found":
                 return None

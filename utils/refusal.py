@@ -17,6 +17,9 @@ UNUSABLE_DISK = (
 )  # fmt: skip
 
 
+LONGEST = 1000  # characters of a message; a table may hold a name of ten million
+
+
 class Refused(ValueError):
     """Input that cannot be used; the message says what was given, what was expected and what to do."""
 
@@ -38,7 +41,10 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
     try:
         return main(parse_args()) or 0
     except Refused as refusal:
-        print(f"{script}: {' '.join(str(refusal).split())}", file=sys.stderr)
+        message = " ".join(str(refusal).split())
+        if len(message) > LONGEST:  # what to do about it stands at the end
+            message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
+        print(f"{script}: {message}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in UNUSABLE_DISK:

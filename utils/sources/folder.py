@@ -1,6 +1,7 @@
 """Films of your own: a folder, or an address, with one table that names them."""
 
 import json
+import re
 from pathlib import Path
 
 from utils.films import Film
@@ -74,7 +75,14 @@ def film_of(row: dict, table: str) -> Film:
         view=str(row.get("view") or "").strip().upper() or None,
         age=age_in_years(row.get("age")),
         sex={"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}.get(str(row.get("sex") or "").strip().upper()),
+        sha256=file_hash(row.get("sha256")),
     )
+
+
+def file_hash(value: object) -> str | None:
+    """Return a SHA-256 as 64 small hexadecimal digits, None where the cell holds anything else."""
+    digits = str(value or "").strip().lower()
+    return digits if re.fullmatch("[0-9a-f]{64}", digits) else None
 
 
 def data_name(name: str) -> str:
