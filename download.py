@@ -3,28 +3,33 @@
     python download.py                                    the bundled demo set of synthetic films
     python download.py --source nih --mirror /data/ChestX-ray14
     python download.py --source folder --mirror https://example.org/films --resolution 256
+    python download.py --source dicom --mirror /data/films --add        a second source, folded together with the first
     python download.py --check data
 
 Writes to --output_dir a Hugging Face imagefolder, which diffusers' own training script reads as it is:
     images/*.png        8-bit grey squares
     metadata.jsonl      one row a film: caption, patient, fold, findings, view, age, sex, source, hash
     rejected.jsonl      the films left out, each with its reason
-    dataset.json        source, terms, settings, counts
+    dataset.json        sources, terms, settings, counts
+    report.html         the set at a glance: films to look at, and who is in which fold
 A run that was interrupted goes on where it was; the result is the same to the byte.
 """
 
 import argparse
 import hashlib
 import os
+import statistics
 import sys
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from itertools import count as count_from
+from pathlib import Path
 from types import ModuleType
 
 import httpx
@@ -32,30 +37,54 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.archives import Archive, Unpacker
+from utils.archives import Archive, Unpacker, films_of_tar, films_of_zip
 from utils.check import check_dataset
-from utils.fetch import (
-    Arriving,
-    NotFetched,
-    address_of,
-    check_mirror,
-    fetch_file,
-    is_address,
-    open_client,
-    read_file,
+from utils.fetch import Arriving, NotFetched, check_mirror, fetch_file, is_address, open_client
+from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, write_bytes, write_json, write_jsonl
+from utils.films import (
+    PREPROCESSING,
+    UNKNOWN_VIEW,
+    Film,
+    UnusableFilm,
+    difference_hash,
+    is_upsampled,
+    prepare_film,
+    thumbnail,
 )
-from utils.files import append_jsonl, canonical_json, hold_lock, write_bytes, write_json, write_jsonl
-from utils.films import PREPROCESSING, UNKNOWN_VIEW, Film, UnusableFilm, is_upsampled, prepare_film, thumbnail
 from utils.folds import find_duplicates, merge_groups, with_folds
-from utils.journal import claim_folder, is_finished, journal_path, lock_journal, remove_others
+from utils.journal import claim_folder, is_finished, journal_path, lock_journal, read_record, remove_others
 from utils.metadata import dataset_hash
+from utils.mirror import Mirror
+from utils.overview import overview_page, summary_lines
+from utils.pseudonyms import pseudonymised
 from utils.refusal import ArgumentParser, Refused, run
-from utils.sources import demo, folder, nih, openi
+from utils.sources import (
+    chexpert,
+    covid,
+    demo,
+    dicom,
+    folder,
+    hf,
+    mimic,
+    montgomery,
+    nih,
+    openi,
+    padchest,
+    shenzhen,
+    vindr,
+)
 
-SOURCES = {source.NAME: source for source in (demo, openi, nih, folder)}
+SOURCES = {
+    source.NAME: source
+    for source in (
+        demo, openi, nih, covid, montgomery, shenzhen, folder, dicom, hf, mimic, chexpert, padchest, vindr
+    )
+}  # fmt: skip
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
+TARS = (".tgz", ".tar.gz")
+COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,20 +97,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mirror", help="http(s) address or local folder that holds the set")
     group.add_argument("--limit", type=int, help="look at the first N films of the table only")
     group.add_argument(
-        "--view", choices=("frontal", "all"), default="frontal", help="frontal leaves out lateral films"
+        "--view", choices=("frontal", "all"), help="frontal leaves out lateral films (default: frontal)"
     )
+    group.add_argument("--max_films_per_patient", type=int, help="take the first N films of each patient only")
     group.add_argument("--accept_license", action="store_true", help="agree to terms that restrict what you may do")
+    group = parser.add_argument_group("where the table of --source folder, dicom or hf has other names")
+    group.add_argument("--image_column", help="has the film, or its file name")
+    group.add_argument("--caption_column", help="has the caption, or the report")
+    group.add_argument("--patient_column", help="has what tells patients apart")
+    group.add_argument("--split", help="part of a Hugging Face data set (default: train)")
     group = parser.add_argument_group("what to make of it")
     group.add_argument(
         "--resolution", type=int, help="side of the squares in pixels, a multiple of 8 (default: 512; demo: 128)"
     )
-    group.add_argument("--num_folds", type=int, default=5, help="parts that patients are dealt out to")
-    group.add_argument("--seed", type=int, default=0, help="decides which patient is in which fold")
+    group.add_argument("--num_folds", type=int, help="parts that patients are dealt out to (default: 5)")
+    group.add_argument("--seed", type=int, help="decides which patient is in which fold (default: 0)")
     group = parser.add_argument_group("where and how")
     group.add_argument("--output_dir", type=Path, default=Path("data"), help="folder of the finished set")
     group.add_argument("--cache_dir", type=Path, default=Path("cache"), help="folder of raw downloads and the journal")
     group.add_argument("--num_workers", type=int, default=16, help="films fetched at the same time")
     group.add_argument("--overwrite", action="store_true", help="replace a set made in another way; reuses its films")
+    group.add_argument(
+        "--add", action="store_true", help="add the source to the set that is there, and fold both anew"
+    )
     group = parser.add_argument_group("instead")
     group.add_argument("--list_sources", action="store_true", help="list the sources and their terms, then end")
     group.add_argument("--check", type=Path, metavar="DIR", help="check a finished set, then end: 1 if it has faults")
@@ -91,8 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # a film that may be a bomb is rejected
     if args.list_sources:
-        for name, source in SOURCES.items():
-            print(f"{name}: {source.__doc__.partition(chr(10))[0]}\n{source.TERMS}\n    {source.EXAMPLE}\n")
+        print(list_sources())
         return 0
     if args.check is not None:
         faults = check_dataset(args.check)
@@ -102,137 +139,156 @@ def main(args: argparse.Namespace) -> int:
     # Terms before the first byte
     check_settings(args)
     source = SOURCES[args.source]
-    args.resolution = args.resolution or getattr(source, "RESOLUTION", RESOLUTION)
-    addresses = {} if args.mirror else getattr(source, "ADDRESSES", {})  # --mirror replaces every host
-    args.mirror = args.mirror or getattr(source, "MIRROR", None)
+    held = read_record(args.output_dir)
+    settings = settle(args, source, held)
     print(source.TERMS, flush=True)
     if source.RESTRICTED and not args.accept_license:
         raise Refused(f"the terms of --source {source.NAME} restrict what you may do; read them, add --accept_license")
 
     with open_client(args.num_workers) as client:
         # What there is: the table of the source, before any film
-        mirror = check_mirror(args.mirror) if args.mirror is not None else None
-        films = source.list_films(mirror, lambda name: read_file(client, *place_of(name, mirror, addresses)))
+        mirror = open_mirror(args, source, client)
+        films = source.list_films(mirror)
+        if getattr(source, "IDENTIFYING", False):
+            films = pseudonymised(films, args.cache_dir, mirror.raw_dir)
         table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
+        this = {"source": source.NAME, "table_sha256": table_hash, "limit": args.limit}
+        earlier = earlier_sources(held, this) if args.add else []
+        name = unused_name(source.NAME, {part["name"] for part in earlier})
+        if earlier:
+            films = [in_company(film, name) for film in films]
         films = films[: args.limit]
-        wanted, rejected = select_films(films, args.view)
-        check_films(wanted, args.num_folds)
+        wanted, rejected = select_films(films, settings["view"], settings["max_films_per_patient"])
+        others, others_rejected = (
+            held_rows(args.output_dir / table, earlier) for table in ("metadata.jsonl", "rejected.jsonl")
+        )
+        check_films(wanted, others, settings["num_folds"])
 
         # What there is already: films that an earlier run has finished in the same way
-        asked = {
-            "source": source.NAME,
-            "preprocessing": PREPROCESSING,
-            "table_sha256": table_hash,
-            "settings": {key: getattr(args, key) for key in ("view", "limit", "resolution", "num_folds", "seed")},
-        }
+        asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
         journal = journal_path(args.cache_dir, args.output_dir)
         lock = lock_journal(journal)
-        done = claim_folder(args.output_dir, journal, asked, args.overwrite)
+        done = claim_folder(args.output_dir, journal, asked, args.overwrite, args.add)
 
-        # Fetch and prepare the others, many at once; an archive is read while it arrives, as far as its last wanted film
-        stop = threading.Event()
-        raw_dir = args.cache_dir / "raw" / source.NAME / hashlib.sha256(mirror.encode()).hexdigest()[:16]
-        located = {film.file_name: locate(film, mirror, raw_dir, args.resolution) for film in wanted}
-        in_archives = [film for film in wanted if "member" in located[film.file_name][1]]
-        raw_lock = hold_lock(raw_dir / ".lock") if in_archives or is_address(mirror) else lock
-        if raw_lock is None:
-            raise Refused(
-                f"another download.py is fetching from {mirror} into {args.cache_dir}; wait, or name another --cache_dir"
-            )
-
-        def is_there(film: Film) -> bool:
-            return is_finished(args.output_dir, film, located[film.file_name][1], done)
-
-        with ThreadPoolExecutor(args.num_workers) as pool:
-            there = list(pool.map(is_there, in_archives))
-        packed = {
-            located[film.file_name][0]: film for film, finished in zip(in_archives, there, strict=True) if not finished
-        }
-        for path in packed:
-            path.unlink(missing_ok=True)  # of a run that was killed, from an archive that may have changed since
-        md5s = getattr(source, "MD5S", {})
-        unpacker = Unpacker(archives_of(packed, client, mirror, addresses, md5s, raw_dir, stop), stop)
-
-        def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
-            path, origin = located[film.file_name]
-            if "member" in origin or is_there(film):
-                return film, None
-            if not is_address(mirror):
-                return film, path if path.is_file() else NotFetched("not found")
-            try:
-                fetch_file(client, address_of(mirror, film.path), path, stop, sha256=film.sha256)
-            except NotFetched as failure:
-                return film, failure
-            return film, path
-
-        def unpack() -> tuple[Film, Path | NotFetched]:
-            path, found = unpacker.take()
-            return packed[path], path if found else NotFetched("not in its archive")
-
-        again = set()
-
-        def prepare(film: Film, path: Path | None) -> dict | Callable:
-            if path is None:
-                return done[film.file_name]
-            try:
-                png, noted = prepare_film(path, args.resolution)
-            except UnusableFilm as fault:
-                if is_address(mirror) and path not in packed and film.sha256 is None and str(fault) in DAMAGED:
-                    path.unlink()
-                    if film.file_name not in again:
-                        again.add(film.file_name)
-                        return partial(fetch, film)
-                raise
-            finally:
-                if path in packed:
-                    path.unlink(missing_ok=True)  # the archive is kept
-            write_bytes(args.output_dir / film.file_name, png)
-            sha256 = hashlib.sha256(png).hexdigest()
-            return {"file_name": film.file_name, "origin": located[film.file_name][1], "sha256": sha256, **noted}
-
-        single = [film for film in wanted if located[film.file_name][0] not in packed]
-        tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
+        # Fetch and prepare the others
         results = {}
-        with closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
-            for film, result in finished:
-                if isinstance(result, str):
-                    rejected.append({"source_id": film.source_id, "reason": result})
-                else:
-                    results[film.file_name] = result
-                    if done.get(film.file_name) != result:
-                        append_jsonl(journal, [result])
-        unpacker.finish()
-        if raw_lock is not lock:
-            raw_lock.close()
+        for film, result in make_films(wanted, mirror, source, args, settings["resolution"], done):
+            if isinstance(result, str):
+                rejected.append({"source_id": film.source_id, "reason": result})
+            else:
+                results[film.file_name] = result
+                if done.get(film.file_name) != result:
+                    append_jsonl(journal, [result])
 
     # Rows, folds, and what there is to say about the set
-    kept = [film for film in wanted if film.file_name in results]
     place = {film.source_id: number for number, film in enumerate(films)}
     rejected.sort(key=lambda row: place[row["source_id"]])
+    rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
+    kept = [film for film in wanted if film.file_name in results]
     if not kept:
         reasons = ", ".join(
             f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
         )
-        raise Refused(f"none of {len(films)} films of {args.mirror} can be used: {reasons}; is --mirror right?")
-    rows = [row_of(film, results[film.file_name], source) for film in kept]
-    rows, num_duplicates = deal_out(rows, results, args.output_dir, args.num_folds, args.seed)
+        raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
+    rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
+    hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
+    rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
+    terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
     record = {
         **asked,
-        "license": source.LICENSE,
-        "terms": source.TERMS,
-        "terms_accepted": args.accept_license,
+        "sources": [*earlier, {"name": name, **this, **terms}],
         "data_hash": dataset_hash(rows),
-        "counts": count(rows, rejected, num_duplicates, args.resolution),
+        "counts": count(rows, rejected, num_duplicates, settings["resolution"]),
     }
 
     # Write dataset.json last: where it lies, the set is whole
     remove_others(args.output_dir, journal, rows)
     write_jsonl(args.output_dir / "rejected.jsonl", rejected)
     write_jsonl(args.output_dir / "metadata.jsonl", rows)
+    write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
     write_json(args.output_dir / "dataset.json", record)
     lock.close()
-    print(summary(args.output_dir, record["counts"]))
+    print(
+        "\n".join(
+            [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
+        )
+    )
     return 0
+
+
+def list_sources() -> str:
+    """Return the sources as a table, and below it the terms of each."""
+    heads = [("source", "films", "size", "text", "terms")]
+    rows = [(name, s.FILMS, s.SIZE, s.TEXT, s.LICENSE) for name, s in SOURCES.items()]
+    widths = [max(len(row[column]) for row in heads + rows) for column in range(4)]
+    table = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]])
+        for row in heads + rows
+    ]
+    terms = [f"{name}: {s.__doc__.partition(chr(10))[0]}\n{s.TERMS}\n    {s.EXAMPLE}" for name, s in SOURCES.items()]
+    return "\n".join(table) + "\n\n" + "\n\n".join(terms)
+
+
+def settle(args: argparse.Namespace, source: ModuleType, held: dict | None) -> dict:
+    """Return the settings of the set: those asked for, else those of the set that is added to, else the defaults."""
+    defaults = {
+        "view": "frontal",
+        "max_films_per_patient": None,
+        "resolution": getattr(source, "RESOLUTION", RESOLUTION),
+        "num_folds": 5,
+        "seed": 0,
+    }
+    if not args.add:
+        return {
+            key: default if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()
+        }
+    if held is None or "sources" not in held:
+        raise Refused(f"--add: {args.output_dir} holds no finished set to add to; leave --add out")
+    for key, value in held["settings"].items():
+        if getattr(args, key) not in (None, value):
+            raise Refused(
+                f"--add: the set in {args.output_dir} was made with --{key} {value}, not {getattr(args, key)}; "
+                f"leave --{key} out, or make both anew"
+            )
+    return held["settings"]
+
+
+def earlier_sources(held: dict, this: dict) -> list[dict]:
+    """Return the sources of a set before another one was, or is now to be, added."""
+    for place, part in enumerate(held["sources"]):
+        if all(part[key] == value for key, value in this.items()):
+            if place == 0 or place + 1 < len(held["sources"]):
+                raise Refused(f"--add: the set holds this {part['source']} table already; leave --add out")
+            return held["sources"][:place]
+    return held["sources"]
+
+
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """Return the name, with a number behind it where a source of that name is in the set already."""
+    return next(candidate for n in count_from(1) if (candidate := name if n == 1 else f"{name}{n}") not in taken)
+
+
+def in_company(film: Film, name: str) -> Film:
+    """Return the film of a source that is added, under a file name that no film of another source has."""
+    return replace(film, file_name=f"images/{name}_{film.file_name.removeprefix('images/')}")
+
+
+def held_rows(table: Path, sources: Iterable[dict]) -> list[dict]:
+    """Return the rows of some sources in a table of the set that is there."""
+    names = {part["name"] for part in sources}
+    return [row for row in read_jsonl(table) if row["source"] in names] if names else []
+
+
+def open_mirror(args: argparse.Namespace, source: ModuleType, client: httpx.Client) -> Mirror:
+    """Return the mirror that --mirror names, else the source's own."""
+    named = args.mirror or getattr(source, "MIRROR", None)
+    if named is None:
+        raise Refused(f"--source {source.NAME} needs --mirror: {source.EXAMPLE}")
+    place = named if source is hf else check_mirror(named)
+    raw_dir = args.cache_dir / "raw" / source.NAME / hashlib.sha256(place.encode()).hexdigest()[:16]
+    addresses = {} if args.mirror else getattr(source, "ADDRESSES", {})  # --mirror replaces every host
+    columns = {key: getattr(args, key) for key in COLUMN_FLAGS}
+    return Mirror(place, client, raw_dir, addresses, columns, is_remote=source is hf or is_address(place))
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -242,11 +298,11 @@ def check_settings(args: argparse.Namespace) -> None:
         raise Refused(f"--source {args.source} is not known; the sources are {', '.join(SOURCES)}: {commands}")
     if args.resolution is not None and (args.resolution < 64 or args.resolution % 8):
         raise Refused(f"--resolution {args.resolution}; expected a multiple of 8, 64 at least, such as 512")
-    for name, least in (("limit", 1), ("num_folds", 2), ("num_workers", 1), ("seed", 0)):
+    for name, least in (("limit", 1), ("max_films_per_patient", 1), ("num_folds", 2), ("num_workers", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise Refused(f"--{name} {value}; expected {least} or more")
-    if args.seed >= 2**32:
+    if (args.seed or 0) >= 2**32:
         raise Refused(f"--seed {args.seed}; expected less than 2^32")
     for name in ("output_dir", "cache_dir"):
         directory = getattr(args, name)
@@ -260,36 +316,42 @@ def check_settings(args: argparse.Namespace) -> None:
             raise Refused(f"--mirror {args.mirror} lies in --output_dir {args.output_dir}; name another --output_dir")
 
 
-def select_films(films: list[Film], view: str) -> tuple[list[Film], list[dict]]:
-    """Return the films of the wanted view that have a caption, and a row of `rejected.jsonl` for each other one.
+def select_films(films: list[Film], view: str, most_each: int | None) -> tuple[list[Film], list[dict]]:
+    """Return the films that are wanted and can be captioned, and a row of `rejected.jsonl` for each other one.
 
     A film of a table that says nothing of views counts as frontal: tables of frontal films often do not. One whose view
     its table does not know (UNKNOWN_VIEW) may be lateral, and does not.
     """
-    wanted, rejected = [], []
+    wanted, rejected, of_patient = [], [], Counter()
     for film in films:
-        if not film.text:
-            rejected.append({"source_id": film.source_id, "reason": "no text"})
-        elif view == "all" or film.view is None or film.view in FRONTAL_VIEWS:
+        reason = film.fault
+        if reason is None and not film.text:
+            reason = "no text"
+        if reason is None and view == "frontal" and film.view is not None and film.view not in FRONTAL_VIEWS:
+            reason = "view not known" if film.view == UNKNOWN_VIEW else "not frontal"
+        if reason is None and most_each is not None and film.patient_id is not None:
+            of_patient[film.patient_id] += 1
+            reason = "one more of its patient" if of_patient[film.patient_id] > most_each else None
+        if reason is None:
             wanted.append(film)
         else:
-            reason = "view not known" if film.view == UNKNOWN_VIEW else "not frontal"
             rejected.append({"source_id": film.source_id, "reason": reason})
     return wanted, rejected
 
 
-def check_films(films: list[Film], num_folds: int) -> None:
-    """Refuse a table whose films collide in the data folder or cannot be dealt out to folds."""
+def check_films(films: list[Film], others: list[dict], num_folds: int) -> None:
+    """Refuse films that collide in the data folder, with each other or with rows of it, or cannot be dealt out to folds."""
     if not films:
         raise Refused("the table has no frontal film with a caption; add --view all to use the others")
-    seen = {}
+    seen = {row["file_name"].casefold(): row["source_id"] for row in others}
     for film in films:
-        other = seen.setdefault(film.file_name.casefold(), film)  # casefold: some disks do not tell A from a
-        if other.source_id == film.source_id and other is not film:
+        key = film.file_name.casefold()  # some disks do not tell A from a
+        if seen.get(key) == film.source_id:
             raise Refused(f"{film.source_id} is in the table twice; leave one out")
-        if other is not film:
-            raise Refused(f"{other.source_id} and {film.source_id} would both become {film.file_name}; rename one")
-    patients = {film.patient_id for film in films}
+        if key in seen:
+            raise Refused(f"{seen[key]} and {film.source_id} would both become {film.file_name}; rename one")
+        seen[key] = film.source_id
+    patients = {film.patient_id for film in films} | {row["patient_id"] for row in others}
     if patients == {None}:
         return
     if None in patients:
@@ -301,57 +363,143 @@ def check_films(films: list[Film], num_folds: int) -> None:
         )
 
 
-def locate(film: Film, mirror: str, raw_dir: Path, resolution: int) -> tuple[Path, dict]:
-    """Return where a film's raw file is or will be, and what the finished film depends on.
+@dataclass(frozen=True)
+class Raw:
+    """Where a film's file is or will be.
 
-    A film of a local mirror that was changed since, or whose archive was, is prepared again. One that is nowhere depends
-    on no file.
+    Attributes:
+        origin: what the finished film depends on: a film whose file was changed since is prepared again.
+        is_packed: whether it comes out of an archive.
+        is_kept: whether it stays when the film is finished: not where its archive does.
     """
-    path = raw_dir / film.path
-    if is_address(mirror):
-        origin = {"address": address_of(mirror, film.archive or film.path)}
-    else:
-        origin, unpacked, archive = {}, Path(mirror) / film.path, Path(mirror) / (film.archive or "")
-        if film.archive is None or unpacked.is_file() or not archive.is_file():
-            path = unpacked
-        source = path if path == unpacked else archive
-        if source.is_file():
-            status = source.stat()
-            origin = {"file": str(source.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if film.archive is not None and path == raw_dir / film.path:
-        origin["member"] = film.path
-    return path, {**origin, "resolution": resolution, "preprocessing": PREPROCESSING}
+
+    path: Path
+    origin: dict
+    is_packed: bool = False
+    is_kept: bool = True
 
 
-def place_of(name: str, mirror: str, addresses: dict[str, str]) -> tuple[str, str]:
-    """Return the mirror that holds a file, and its name there; `addresses` has those that lie elsewhere."""
-    if name not in addresses:
-        return mirror, name
-    base, _, there = addresses[name].rpartition("/")
-    return base, there
+def locate(film: Film, mirror: Mirror, resolution: int) -> Raw:
+    """Return where a film's raw file is or will be; one that is nowhere depends on no file."""
+    made = {"resolution": resolution, "preprocessing": PREPROCESSING}
+    downloaded = mirror.raw_dir / film.path
+    if mirror.is_remote:
+        origin = {"address": mirror.address(film.archive or film.path), **made}
+        if film.archive is None:
+            return Raw(downloaded, origin)
+        is_kept = not film.archive.endswith(TARS)  # a tar is kept itself; others are read in part
+        return Raw(downloaded, {**origin, "member": film.path}, not (is_kept and downloaded.is_file()), is_kept)
+    unpacked, archive = mirror.path(film.path), mirror.path(film.archive or "")
+    is_packed = film.archive is not None and not unpacked.is_file() and archive.is_file()
+    file = archive if is_packed else unpacked
+    if file.is_file():
+        status = file.stat()
+        made = {"file": str(file.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns, **made}
+    return Raw(downloaded, {**made, "member": film.path}, True, False) if is_packed else Raw(unpacked, made)
 
 
-def archives_of(
-    packed: dict[Path, Film],
-    client: httpx.Client,
-    mirror: str,
-    addresses: dict[str, str],
-    md5s: dict[str, str],
-    raw_dir: Path,
-    stop: threading.Event,
-) -> list[Archive]:
-    """Return the archives that hold some films, by name; `packed` says where each film goes."""
-    archives = []
-    for name in sorted({film.archive for film in packed.values()}):
-        wanted = {PurePosixPath(film.path).name: path for path, film in packed.items() if film.archive == name}
-        if is_address(mirror):
-            address = address_of(*place_of(name, mirror, addresses))
-            opener = partial(Arriving, client, address, raw_dir / name, stop, md5s.get(name))
-            archives.append(Archive(address, opener, wanted))
+def archives_of(films: Iterable[Film], mirror: Mirror, md5s: dict[str, str], stop: threading.Event) -> list[Archive]:
+    """Return the archives that hold some films, by name."""
+    films, archives = list(films), []
+    for name in sorted({film.archive for film in films}):
+        wanted = {film.path: mirror.raw_dir / film.path for film in films if film.archive == name}
+        called = mirror.address(name) if mirror.is_remote else str(mirror.path(name))
+        if name.endswith(".zip"):
+            archives.append(Archive(called, partial(mirror.open, name, stop), wanted, films_of_zip))
+        elif mirror.is_remote:
+            opener = partial(Arriving, mirror.client, called, mirror.raw_dir / name, stop, md5s.get(name))
+            archives.append(Archive(called, opener, wanted, films_of_tar))
         else:
-            local = Path(mirror) / name
-            archives.append(Archive(str(local), partial(open, local, "rb"), wanted))
+            archives.append(Archive(called, partial(open, called, "rb"), wanted, films_of_tar))
     return archives
+
+
+def make_films(
+    wanted: list[Film],
+    mirror: Mirror,
+    source: ModuleType,
+    args: argparse.Namespace,
+    resolution: int,
+    done: dict[str, dict],
+) -> Iterator[tuple[Film, dict | str]]:
+    """Fetch and prepare films, many at once, and yield each with what is noted of it, or with the reason it is left out.
+
+    An archive is read while it arrives, as far as its last wanted film. Finished films are neither fetched nor made again.
+
+    Args:
+        done: what earlier runs have noted, by file name.
+    """
+    stop = threading.Event()
+    raws = {film.file_name: locate(film, mirror, resolution) for film in wanted}
+    raw_lock = None
+    if mirror.is_remote or any(raw.is_packed for raw in raws.values()):
+        raw_lock = hold_lock(mirror.raw_dir / ".lock")
+        if raw_lock is None:
+            raise Refused(
+                f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another "
+                "--cache_dir"
+            )
+
+    def is_there(film: Film) -> bool:
+        return is_finished(args.output_dir, film, raws[film.file_name].origin, done)
+
+    in_archives = [film for film in wanted if raws[film.file_name].is_packed]
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        there = list(pool.map(is_there, in_archives))
+    packed = {
+        raws[film.file_name].path: film for film, finished in zip(in_archives, there, strict=True) if not finished
+    }
+    for path in packed:
+        path.unlink(missing_ok=True)  # of a run that was killed, from an archive that may have changed since
+    by_name = partial(archives_of, md5s=getattr(source, "MD5S", {}), stop=stop)
+    open_archives = getattr(source, "open_archives", by_name)
+    unpacker = Unpacker(open_archives(packed.values(), mirror), stop)
+
+    def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
+        raw = raws[film.file_name]
+        if raw.is_packed or is_there(film):
+            return film, None
+        if not mirror.is_remote or raw.path.is_file():
+            return film, raw.path if raw.path.is_file() else NotFetched("not found")
+        try:
+            fetch_file(mirror.client, mirror.address(film.path), raw.path, stop, sha256=film.sha256)
+        except NotFetched as failure:
+            return film, failure
+        return film, raw.path
+
+    def unpack() -> tuple[Film, Path | NotFetched]:
+        path, found = unpacker.take()
+        return packed[path], path if found else NotFetched("not in its archive")
+
+    again = set()
+
+    def prepare(film: Film, path: Path | None) -> dict | Callable:
+        if path is None:
+            return done[film.file_name]
+        raw = raws[film.file_name]
+        try:
+            png, noted = prepare_film(path, resolution)
+        except UnusableFilm as fault:
+            if mirror.is_remote and not raw.is_packed and film.sha256 is None and str(fault) in DAMAGED:
+                path.unlink()
+                if film.file_name not in again:
+                    again.add(film.file_name)
+                    return partial(fetch, film)
+            raise
+        finally:
+            if not raw.is_kept:
+                path.unlink(missing_ok=True)
+        write_bytes(args.output_dir / film.file_name, png)
+        sha256 = hashlib.sha256(png).hexdigest()
+        return {"file_name": film.file_name, "origin": raw.origin, "sha256": sha256, **noted}
+
+    single = [film for film in wanted if raws[film.file_name].path not in packed]
+    tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
+    with closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
+        yield from finished
+    unpacker.finish()
+    if raw_lock is not None:
+        raw_lock.close()
 
 
 def fetch_and_prepare(
@@ -410,49 +558,56 @@ def fetch_and_prepare(
         bar.close()
 
 
-def row_of(film: Film, noted: dict, source: ModuleType) -> dict:
+def row_of(film: Film, noted: dict, source: str, license: str) -> dict:
     """Return the row of `metadata.jsonl` for a film, without its fold."""
     return {
         "file_name": film.file_name,
         "text": film.text,
         "patient_id": film.patient_id,
-        "group": film.patient_id or film.file_name,
+        "group": None,
         "fold": None,
         "findings": film.findings,
         "view": film.view,
         "age": film.age,
         "sex": film.sex,
         **({} if film.boxes is None else {"boxes": film.boxes}),
-        "source": source.NAME,
+        "source": source,
         "source_id": film.source_id,
-        "license": source.LICENSE,
+        "license": film.license or license,
         "sha256": noted["sha256"],
         "width": noted["width"],
         "height": noted["height"],
+        "borders": list(noted["borders"]),
         "geometry": noted["geometry"],
+        "burned_in_text": noted["burned_in_text"],
     }
 
 
 def deal_out(
-    rows: list[dict], results: dict[str, dict], output_dir: Path, num_folds: int, seed: int
+    rows: list[dict], hashes: dict[str, str], output_dir: Path, num_folds: int, seed: int
 ) -> tuple[list[dict], int]:
     """Tie patients together who share a film, and give every row its fold.
 
     Rows without patients get no fold: whether every image is its own patient is for the one who trains to say.
 
+    Args:
+        hashes: difference hash of each film in hexadecimal, by file name; others are computed from the films.
+
     Returns:
         The rows sorted by file name, and the number of pairs of films of two patients that are one film.
     """
     rows = sorted(rows, key=lambda row: row["file_name"])
-    patients = [row["group"] for row in rows]
+    patients = [row["patient_id"] or row["file_name"] for row in rows]
 
-    def load_thumbnail(index: int) -> np.ndarray:
-        return thumbnail(np.asarray(Image.open(output_dir / rows[index]["file_name"])))
+    def load(row: dict) -> np.ndarray:
+        return np.asarray(Image.open(output_dir / row["file_name"]))
 
-    hashes = [int(results[row["file_name"]]["dhash"], 16) for row in rows]
-    duplicates = find_duplicates(hashes, load_thumbnail, patients)
-    for row, group in zip(rows, merge_groups(patients, duplicates), strict=True):
-        row["group"] = group
+    bits = [int(hashes.get(row["file_name"]) or f"{difference_hash(load(row)):x}", 16) for row in rows]
+    duplicates = find_duplicates(bits, lambda index: thumbnail(load(rows[index])), patients)
+    rows = [
+        {**row, "group": group, "fold": None}
+        for row, group in zip(rows, merge_groups(patients, duplicates), strict=True)
+    ]
     if rows[0]["patient_id"] is None:
         return rows, len(duplicates)
     return with_folds(rows, num_folds, seed), len(duplicates)
@@ -461,24 +616,31 @@ def deal_out(
 def count(rows: list[dict], rejected: list[dict], num_duplicates: int, resolution: int) -> dict:
     """Return the figures of `dataset.json`."""
     folds = sorted({row["fold"] for row in rows} - {None})
-    findings = sorted({name for row in rows for name in row["findings"] or []})
-    patients = {row["patient_id"] for row in rows} - {None}
+    films_of_patient = Counter(row["patient_id"] for row in rows if row["patient_id"] is not None)
+    films_with = defaultdict(lambda: [0] * len(folds))
+    for row in rows:
+        for finding in row["findings"] or ():
+            if row["fold"] is not None:
+                films_with[finding][row["fold"]] += 1
     return {
         "seen": len(rows) + len(rejected),
         "kept": len(rows),
         "rejected": tally(row["reason"] for row in rejected),
-        "upsampled": sum(is_upsampled(row["width"], row["height"], row["geometry"], resolution) for row in rows),
+        "upsampled": sum(is_upsampled(row, resolution) for row in rows),
+        "with_borders": sum(any(row["borders"]) for row in rows),
+        "burned_in_text": sum(row["burned_in_text"] for row in rows),
         "geometry": tally(row["geometry"] for row in rows),
         "duplicates_across_patients": num_duplicates,
-        "patients": len(patients) or None,
+        "patients": len(films_of_patient) or None,
+        "most_films_of_a_patient": max(films_of_patient.values(), default=None),
         "patients_per_fold": [len({row["patient_id"] for row in rows if row["fold"] == fold}) for fold in folds],
         "films_per_fold": [sum(row["fold"] == fold for row in rows) for fold in folds],
-        "findings_per_fold": {
-            name: [sum(row["fold"] == fold and name in (row["findings"] or []) for row in rows) for fold in folds]
-            for name in findings
-        },
+        "findings": tally(finding for row in rows for finding in row["findings"] or ()),
+        "findings_per_fold": dict(sorted(films_with.items())),
         "views": tally(row["view"] or "unknown" for row in rows),
         "sexes": tally(row["sex"] or "unknown" for row in rows),
+        "ages": spread([row["age"] for row in rows if row["age"] is not None]),
+        "caption_words": spread([len(row["text"].split()) for row in rows]),
     }
 
 
@@ -487,23 +649,9 @@ def tally(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def summary(output_dir: Path, counts: dict) -> str:
-    """Return the figures that a person wants to see at the end, as a small table."""
-    rejected = ", ".join(f"{reason} {number}" for reason, number in counts["rejected"].items())
-    lines = [
-        ("films seen", counts["seen"]),
-        ("kept", counts["kept"]),
-        ("rejected", f"{counts['seen'] - counts['kept']}{f' ({rejected})' if rejected else ''}"),
-        ("upsampled", counts["upsampled"]),
-        (
-            "patients",
-            counts["patients"] or "not known: no folds; train with --group_by image if each image is its own",
-        ),
-        ("films per fold", " ".join(map(str, counts["films_per_fold"])) or "none"),
-        ("views", ", ".join(f"{view} {number}" for view, number in counts["views"].items())),
-        ("copies across patients", counts["duplicates_across_patients"]),
-    ]
-    return "\n".join([f"{output_dir}:", *(f"    {name:<24}{value}" for name, value in lines)])
+def spread(values: Sequence[int]) -> list[int] | None:
+    """Return least, greatest and median of some numbers, None where there are none."""
+    return [min(values), max(values), round(statistics.median(values))] if values else None
 
 
 if __name__ == "__main__":

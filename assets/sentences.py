@@ -7,7 +7,7 @@ random vectors: it learns to read these sentences as a second task (`assets/trai
 import random
 from dataclasses import dataclass
 
-from utils.captions import describe_findings
+from utils.captions import capitalised, describe_findings
 
 SIDES = ("none", "right", "left", "bilateral")
 ZONES = ("none", "upper", "middle", "lower")
@@ -94,7 +94,7 @@ def compose(rng: random.Random) -> tuple[str, Reading]:
     sentences = []
     mentioned = rng.sample(FINDINGS, rng.choices((0, 1, 2, 3), (2, 5, 3, 1))[0])
     if len(mentioned) > 1 and rng.random() < 0.4:  # a list, as of labels
-        sentences.append(describe_findings([name_of(finding, rng) for finding in mentioned]))
+        sentences.append(f"{capitalised(describe_findings([name_of(finding, rng) for finding in mentioned]))}.")
         for finding in mentioned:
             presences[FINDINGS.index(finding)] = PRESENCES.index("present")
         mentioned = []

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,11 @@ def build_data(folder: Path, num_patients: int = 20, films_each: int = 2) -> Pat
             )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def mirror_of(files: dict[str, bytes]) -> SimpleNamespace:
+    """Return a mirror that holds these files."""
+    return SimpleNamespace(place="mirror", is_remote=False, read=files.get, columns={})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.test_fetch import leftovers, server  # noqa: F401
-from utils.archives import LITTLE_BYTES, MAX_FILM_BYTES, MAX_WAITING, Archive, Unpacker
+from utils.archives import LITTLE_BYTES, MAX_FILM_BYTES, MAX_WAITING, Archive, Unpacker, films_of_tar
 from utils.fetch import Arriving, NotFetched, Stopped, open_client, version_of
 from utils.refusal import Refused
 
@@ -38,7 +38,7 @@ def pack(members: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
 def take_out(content: bytes, folder: Path, *names: str) -> dict[str, bool]:
     """Return by name of a film whether it came out."""
     stop = threading.Event()
-    unpacker = Unpacker([Archive("films.tgz", lambda: io.BytesIO(content), paths(folder, names))], stop)
+    unpacker = Unpacker([Archive("films.tgz", lambda: io.BytesIO(content), paths(folder, names), films_of_tar)], stop)
     try:
         came = {path.name: found for path, found in (unpacker.take() for _ in names)}
         unpacker.finish()
@@ -76,14 +76,16 @@ def test_an_archive_that_does_not_come_is_refused(tmp_path: Path) -> None:
         def read(self, size: int = -1) -> bytes:
             raise NotFetched("server error 503")
 
-    archive = Archive("gone.tgz", Nowhere, paths(tmp_path, ["film8.png"]))
+    archive = Archive("gone.tgz", Nowhere, paths(tmp_path, ["film8.png"]), films_of_tar)
     with pytest.raises(Refused, match="gone.tgz: server error 503; the same command goes on"):
         Unpacker([archive], threading.Event()).take()
 
 
 def test_unpacking_rests_while_nobody_takes_films(tmp_path: Path) -> None:
     many = {f"{i}.png": b"film" for i in range(3 * MAX_WAITING)}
-    unpacker = Unpacker([Archive("a.tgz", lambda: io.BytesIO(pack(many)), paths(tmp_path, many))], threading.Event())
+    unpacker = Unpacker(
+        [Archive("a.tgz", lambda: io.BytesIO(pack(many)), paths(tmp_path, many), films_of_tar)], threading.Event()
+    )
     first = unpacker.take()
     while len(list(tmp_path.iterdir())) < MAX_WAITING + 2:  # one taken, so many waiting, one at the door
         time.sleep(0.01)
@@ -184,7 +186,7 @@ def take_from(server, folder: Path, *names: str, **more) -> dict[str, bool]:  # 
     stop = threading.Event()
     with open_client(2) as client:
         opener = partial(Arriving, client, f"{server.address}/films.tgz", folder / "films.tgz", stop, **more)
-        unpacker = Unpacker([Archive("films.tgz", opener, paths(folder, names))], stop)
+        unpacker = Unpacker([Archive("films.tgz", opener, paths(folder, names), films_of_tar)], stop)
         came = {path.name: found for path, found in (unpacker.take() for _ in names)}
         unpacker.finish()
         return came

@@ -35,6 +35,15 @@ def test_caption_reads(view, age, sex, findings, text):
     assert caption(view, age, sex, findings) == text
 
 
+def test_one_film_in_five_is_described_in_other_words():
+    texts = [caption("PA", 58, "M", ["Edema"], f"{film}.png") for film in range(4000)]
+    usual = caption("PA", 58, "M", ["Edema"])
+    assert texts == [caption("PA", 58, "M", ["Edema"], f"{film}.png") for film in range(4000)]
+    assert 0.18 < sum(text != usual for text in texts) / 4000 < 0.22
+    assert len(set(texts)) == 4
+    assert all(text.endswith(".") and "58-year-old man" in text and "dema" in text for text in texts)
+
+
 def test_caption_does_not_depend_on_the_order_of_findings():
     texts = {caption("PA", 50, "M", order) for order in itertools.permutations(["Mass", "Edema", "Hernia"])}
     assert len(texts) == 1

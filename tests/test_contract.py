@@ -18,8 +18,8 @@ SCRIPTS = ("download", "train_lora", "generate", "evaluate")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "bitsandbytes", "xformers"}
 LAYERS = {
     0: {
-        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "quiet",
-        "refusal", "report", "reports", "runlog", "seeding", "sources", "sources.demo", "sources.folder", "sources.nih", "sources.openi",
+        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet",
+        "refusal", "report", "reports", "runlog", "seeding",
     },
     1: {"boxes", "diffusion", "distances", "hardware", "images", "metrics"},
     2: {"checkpoint", "features", "findings", "latents", "lora", "pipeline", "validation"},
@@ -44,6 +44,8 @@ def name_of(path: Path) -> str:
 
 
 def layer_of(name: str) -> int | None:
+    if name.partition(".")[0] == "sources":
+        return 0
     return next((layer for layer, names in LAYERS.items() if name in names), None)
 
 

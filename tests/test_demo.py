@@ -14,6 +14,7 @@ from utils.features import FINDING_LABELS, extract, load_encoder
 from utils.films import decode_film
 from utils.findings import reader_rates, shown_labels
 from utils.metadata import read_metadata
+from utils.mirror import Mirror
 from utils.refusal import run
 from utils.report import followed_table
 from utils.sources import demo
@@ -38,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_flag_installs_the_whole_set(installed: Path) -> None:
     rows = read_metadata(installed)
-    bundled = demo.list_films(demo.MIRROR, lambda name: (Path(demo.MIRROR) / name).read_bytes())
+    bundled = demo.list_films(Mirror(demo.MIRROR))
     assert 200 <= len(rows) == len(bundled) <= 400
     for row, film in zip(rows, bundled, strict=True):
         assert (row["text"], row["patient_id"], row["boxes"]) == (film.text, film.patient_id, film.boxes)

@@ -131,7 +131,7 @@ def test_data_folder_is_as_described(tmp_path):
     rows = read_jsonl(data / "metadata.jsonl")
     assert list(rows[1]) == [
         *("file_name", "text", "patient_id", "group", "fold", "findings", "view", "age", "sex"),
-        *("source", "source_id", "license", "sha256", "width", "height", "geometry"),
+        *("source", "source_id", "license", "sha256", "width", "height", "borders", "geometry", "burned_in_text"),
     ]
     assert rows[1]["file_name"] == "images/00000000_001.png"
     assert rows[1]["text"] == "PA chest radiograph of a 41-year-old woman. Edema and mass."
@@ -157,7 +157,9 @@ def test_address_and_folder_give_the_same_bytes(tmp_path, serve):
     local = run_here(tmp_path / "local", mirror, source="nih")
     remote = run_here(tmp_path / "remote", serve(mirror).address, source="nih")
     assert_same_folder(local, remote)
-    assert read_jsonl(remote / "rejected.jsonl") == [{"source_id": "00000003_000.png", "reason": "not found"}]
+    assert read_jsonl(remote / "rejected.jsonl") == [
+        {"source": "nih", "source_id": "00000003_000.png", "reason": "not found"}
+    ]
 
 
 def test_killed_at_any_instant_the_same_command_ends_in_the_same_bytes(tmp_path, serve):
@@ -231,10 +233,10 @@ def test_unusable_films_are_rejected_and_counted(tmp_path):
     film(4, side=32).save(mirror / "4.png")
     data = run_here(tmp_path, mirror)
     assert read_jsonl(data / "rejected.jsonl") == [
-        {"source_id": "1.png", "reason": "cannot be decoded"},
-        {"source_id": "2.png", "reason": "not found"},
-        {"source_id": "3.png", "reason": "blank"},
-        {"source_id": "4.png", "reason": "smaller than 64 px"},
+        {"source": "folder", "source_id": "1.png", "reason": "cannot be decoded"},
+        {"source": "folder", "source_id": "2.png", "reason": "not found"},
+        {"source": "folder", "source_id": "3.png", "reason": "blank"},
+        {"source": "folder", "source_id": "4.png", "reason": "smaller than 64 px"},
     ]
     counts = json.loads((data / "dataset.json").read_text())["counts"]
     assert (counts["seen"], counts["kept"], sum(counts["rejected"].values())) == (12, 8, 4)

@@ -151,9 +151,9 @@ def test_a_film_damaged_on_its_way_is_fetched_once_more(tmp_path):
         asked = {int(path[1:-4]): times for path, times in server.asked.items() if path.endswith(".png")}
         assert asked == dict.fromkeys(range(12), 1) | {3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 9: 2}
         assert read_jsonl(data / "rejected.jsonl") == [
-            {"source_id": "4.png", "reason": "cannot be decoded"},
-            {"source_id": "8.png", "reason": "cannot be decoded"},
-            {"source_id": "9.png", "reason": "refused by the server (403)"},
+            {"source": "folder", "source_id": "4.png", "reason": "cannot be decoded"},
+            {"source": "folder", "source_id": "8.png", "reason": "cannot be decoded"},
+            {"source": "folder", "source_id": "9.png", "reason": "refused by the server (403)"},
         ]
         misbehave(server, {})
         run_here(tmp_path, server.address)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import utils.fetch
-from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client, read_file
+from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client
 from utils.refusal import Refused
 
 CONTENT = random.Random(0).randbytes(1 << 20)
@@ -187,13 +187,6 @@ def test_a_film_that_trickles_in_is_given_up(bytes_s, arrives, tmp_path, monkeyp
     assert (tmp_path / "film.png").exists() == arrives
 
 
-def test_a_table_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(utils.fetch, "MAX_TABLE_BYTES", 1 << 20)
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=endless()))
-    with httpx.Client(transport=transport) as client, pytest.raises(Refused, match="more than 1048576 bytes"):
-        read_file(client, "http://host", "table.csv")
-
-
 def test_two_versions_are_never_stitched_together(server, tmp_path):
     server.script = ["breaks off", *[500] * 5]
     path = tmp_path / "film.png"
@@ -263,27 +256,6 @@ def test_a_stopped_run_stops_waiting_and_transferring(server, tmp_path):
     server.script = [500]
     with pytest.raises(Stopped):
         fetch(server, tmp_path / "other.png", stop)
-
-
-def test_names_are_quoted_in_addresses(server, tmp_path):
-    seen = []
-    transport = httpx.MockTransport(lambda request: seen.append(request.url.raw_path) or httpx.Response(404))
-    with httpx.Client(transport=transport) as client:
-        assert read_file(client, "http://host/set", "a b/ü#1?.csv") is None
-    assert seen == [b"/set/a%20b/%C3%BC%231%3F.csv"]
-
-
-def test_tables_are_read_from_folder_and_address_alike(server, tmp_path):
-    (tmp_path / "table.csv").write_bytes(CONTENT)
-    with open_client(1) as client:
-        assert read_file(client, str(tmp_path), "table.csv") == read_file(client, server.address, "table.csv")
-        server.script = [404]
-        assert (
-            read_file(client, str(tmp_path), "absent.csv") is read_file(client, server.address, "absent.csv") is None
-        )
-        server.script = [403]
-        with pytest.raises(Refused, match="403"):
-            read_file(client, server.address, "table.csv")
 
 
 @pytest.mark.parametrize("mirror", ["ftp://host/set", "file:///set", "http://", "https:///set", "/no/such/folder", ""])

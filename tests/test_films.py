@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils import films
 from utils.films import UnusableFilm, decode_film, encode_png, prepare_film, to_square
@@ -167,10 +167,88 @@ def test_long_films_are_padded_and_others_cropped(shape, geometry):
 
 
 def test_upsampling_is_noticed():
-    assert films.is_upsampled(300, 256, "crop", 512)
-    assert films.is_upsampled(600, 511, "crop", 512)
-    assert not films.is_upsampled(600, 300, "pad", 512)
-    assert not films.is_upsampled(512, 512, "none", 512)
+    def is_upsampled(
+        width: int, height: int, geometry: str, borders: tuple[int, int, int, int] = (0, 0, 0, 0)
+    ) -> bool:
+        return films.is_upsampled({"width": width, "height": height, "geometry": geometry, "borders": borders}, 512)
+
+    assert is_upsampled(300, 256, "crop")
+    assert is_upsampled(600, 511, "crop")
+    assert is_upsampled(560, 560, "none", (30, 0, 30, 60))
+    assert not is_upsampled(600, 300, "pad")
+    assert not is_upsampled(512, 512, "none")
+
+
+def bordered(grey: np.ndarray, left: int, top: int, right: int, bottom: int, level: int = 0) -> np.ndarray:
+    """The film with borders around it, of one level but for the noise of a scanner."""
+    around = np.pad(grey, ((top, bottom), (left, right)), constant_values=level).astype(int)
+    inside = np.pad(np.ones_like(grey), ((top, bottom), (left, right)))
+    noise = np.random.default_rng(0).integers(0, 4, around.shape)
+    return np.where(inside, around, around + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("level", [0, 120, 250])
+def test_borders_are_cut_off_and_the_film_is_not(level):
+    grey = film_pixels()
+    side = len(grey)
+    assert films.find_borders(bordered(grey, 20, 20, 20, 20, level), 64) == (20, 20, 20, 20)
+    assert films.find_borders(grey, 64) == (0, 0, 0, 0)
+    # Of what lies on two sides alone nothing goes: the rest would not be square, and the film itself would be cut
+    assert films.find_borders(bordered(grey, 20, 0, 20, 0, level)[:, :side], 64)[1::2] == (0, 0)
+    cut = films.without_borders(bordered(grey, 30, 10, 10, 20, level), (30, 10, 10, 20))
+    np.testing.assert_array_equal(cut, grey)
+
+
+def test_of_a_border_as_much_stays_as_makes_the_film_square():
+    wide = film_pixels()[: len(film_pixels()) * 3 // 4]
+    height, width = wide.shape
+    left, top, right, bottom = films.find_borders(bordered(wide, 16, 30, 16, 30), 64)
+    assert (left, right) == (16, 16)
+    assert height + 60 - top - bottom == width
+    square, geometry = films.to_square(
+        films.without_borders(bordered(wide, 16, 30, 16, 30), (left, top, right, bottom)), 64
+    )
+    assert geometry == "none"
+
+
+def test_a_marker_in_the_border_keeps_its_place():
+    film = bordered(film_pixels(), 20, 20, 20, 20)
+    film[4:14, 4:12] = 255
+    assert max(films.find_borders(film, 64)[:2]) <= 4
+
+
+def test_a_film_of_the_right_size_keeps_its_padding():
+    square, _ = films.to_square(film_pixels()[:40], 128)
+    assert films.find_borders(square, 128) == (0, 0, 0, 0)
+
+
+def write_on(grey: np.ndarray, text: str, at: tuple[int, int], size: int = 24) -> np.ndarray:
+    image = Image.fromarray(grey)
+    ImageDraw.Draw(image).text(at, text, fill=255, font=ImageFont.load_default(size=size))
+    return np.asarray(image)
+
+
+def test_words_are_seen_and_side_markers_are_not():
+    grey = np.asarray(Image.fromarray(film_pixels()).resize((700, 700))) // 2
+    assert not films.has_letters(grey)
+    assert not films.has_letters(write_on(grey, "L", (600, 40)))
+    for text, at in (("PORTABLE", (40, 300)), ("DOE JOHN 1947", (20, 20)), ("12:45", (560, 640))):
+        assert films.has_letters(write_on(grey, text, at)), text
+
+
+def test_a_png_whose_bytes_were_swapped_is_not_taken(tmp_path):
+    """Pillow does not compare checksums when it decodes: now and then such a film would come out, and wrong."""
+    whole = encode_png(film_pixels())
+    (tmp_path / "a.png").write_bytes(whole)
+    decode_film(tmp_path / "a.png")
+    start = whole.index(b"IDAT") + 20
+    for place in range(start, len(whole) - 40, 97):
+        swapped = bytearray(whole)
+        swapped[place], swapped[place + 1] = swapped[place + 1], swapped[place]
+        if swapped != whole:
+            (tmp_path / "a.png").write_bytes(swapped)
+            with pytest.raises(UnusableFilm, match="cannot be decoded"):
+                decode_film(tmp_path / "a.png")
 
 
 def test_png_bytes_depend_on_pixels_only():

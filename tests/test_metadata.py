@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import mirror_of
 from utils.check import check_dataset
 from utils.files import sha256_file, write_jsonl
 from utils.metadata import dataset_hash, parse_table, path_fault, read_metadata
+from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.sources import folder, nih
 
@@ -185,7 +187,7 @@ def test_a_folder_of_others_is_checked_as_far_as_possible(tmp_path):
 
 
 def nih_films(*lines: str, header: str = NIH_HEADER):
-    return nih.list_films("mirror", {"Data_Entry_2017.csv": "\n".join([header, *lines]).encode()}.get)
+    return nih.list_films(mirror_of({"Data_Entry_2017.csv": "\n".join([header, *lines]).encode()}))
 
 
 def test_nih_table_of_both_years_is_read():
@@ -196,7 +198,7 @@ def test_nih_table_of_both_years_is_read():
     assert (film.source_id, film.path) == ("00000061_012.png", "images/00000061_012.png")
     assert (film.patient_id, film.view, film.age, film.sex) == ("nih-61", "AP", 58, "M")
     assert film.findings == ["Edema", "Pleural thickening"]
-    assert film.text == "AP chest radiograph of a 58-year-old man. Edema and pleural thickening."
+    assert film.text == "AP chest X-ray of a 58-year-old man. Findings: edema and pleural thickening."  # one in five
 
 
 def test_nih_header_with_its_comma_at_the_end_or_in_quotes_is_read():
@@ -219,7 +221,7 @@ def test_later_nih_table_is_preferred():
     line = "00000001_000.png,No Finding,0,1,{},F,PA,1,1,1,1"
     tables = {f"Data_Entry_2017{suffix}.csv": f"{NIH_HEADER}\n{line.format(age)}".encode() for suffix, age in
               (("", 1), ("_v2020", 2))}  # fmt: skip
-    assert nih.list_films("mirror", tables.get)[0].age == 2
+    assert nih.list_films(mirror_of(tables))[0].age == 2
 
 
 @pytest.mark.parametrize(
@@ -237,14 +239,14 @@ def test_nih_lines_that_cannot_be_used_are_refused(line, message):
 
 def test_nih_without_a_table_says_what_to_do():
     with pytest.raises(Refused, match="holds no Data_Entry_2017_v2020.csv or .*beside the folder images/"):
-        nih.list_films("mirror", {}.get)
+        nih.list_films(mirror_of({}))
     with pytest.raises(Refused, match="lacks Patient ID, Patient Age"):
         nih_films("a,b,c,d", header="Image Index,Finding Labels,Patient Gender,View Position")
 
 
 def folder_films(table: str, content: str, directory):
     (directory / table).write_text(content)
-    return folder.list_films(str(directory), lambda name: (directory / name).read_bytes())
+    return folder.list_films(Mirror(str(directory)))
 
 
 def test_folder_carries_what_its_table_has(tmp_path):
@@ -303,4 +305,4 @@ def test_folders_that_cannot_be_used_are_refused(tables, message, tmp_path):
     for name, content in tables.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(Refused, match=message):
-        folder.list_films(str(tmp_path), lambda name: (tmp_path / name).read_bytes())
+        folder.list_films(Mirror(str(tmp_path)))

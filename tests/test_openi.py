@@ -14,9 +14,11 @@ import pytest
 
 import download
 import utils.fetch as fetch_module
+from tests.conftest import mirror_of
 from tests.test_archives import long_name, pack
 from tests.test_download import assert_same_folder, film, serve  # noqa: F401
 from utils.files import read_jsonl
+from utils.mirror import Mirror
 from utils.refusal import Refused, run
 from utils.sources import openi
 
@@ -122,7 +124,7 @@ def test_films_that_the_archive_lacks_are_left_out(mirror: Path, tmp_path: Path)
     (mirror / openi.FILMS).write_bytes(pack({f"CXR{uid}_IM-{uid:04d}-1001.png": png(uid) for uid in range(4, 13)}))
     data = fetch(tmp_path, mirror)
     missing = [row for row in read_jsonl(data / "rejected.jsonl") if row["source_id"] == "CXR3_IM-0003-1001"]
-    assert missing == [{"source_id": "CXR3_IM-0003-1001", "reason": "not in its archive"}]
+    assert missing == [{"source": "openi", "source_id": "CXR3_IM-0003-1001", "reason": "not in its archive"}]
     assert json.loads((data / "dataset.json").read_text())["counts"]["kept"] == 9
 
 
@@ -157,22 +159,22 @@ def test_files_that_are_something_else_are_refused(
 ) -> None:
     contents = {path.name: path.read_bytes() for path in mirror.iterdir()} | {name: content}
     with pytest.raises(Refused) as refusal:
-        openi.list_films("mirror", contents.get)
+        openi.list_films(mirror_of({name: content for name, content in contents.items() if content is not None}))
     assert message in str(refusal.value)
 
 
 def test_the_address_of_the_tables_is_used_where_no_mirror_is_named(mirror: Path, tmp_path: Path, monkeypatch) -> None:
     asked = []
 
-    def read_file(client, base: str, name: str) -> bytes:
-        asked.append((base, name))
+    def read(self: Mirror, name: str) -> bytes:
+        asked.append(self.address(name))
         return (mirror / name).read_bytes()
 
-    monkeypatch.setattr(download, "read_file", read_file)
+    monkeypatch.setattr(Mirror, "read", read)
     monkeypatch.setattr(openi, "MIRROR", str(mirror))
     assert run(download.main, lambda: arguments(tmp_path, tmp_path)) == 0
     tables = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
-    assert dict(map(reversed, asked)) == {openi.REPORTS: str(mirror), openi.HEADERS: tables, openi.CLUSTERS: tables}
+    assert asked == [f"{mirror}/{openi.REPORTS}", f"{tables}/{openi.HEADERS}", f"{tables}/{openi.CLUSTERS}"]
 
 
 def test_an_archive_whose_end_comes_slowly_is_waited_for(mirror: Path, tmp_path: Path, serve, monkeypatch) -> None:  # noqa: F811

@@ -1,5 +1,6 @@
 """Pictures, pages and cards: what is in them, and that equal runs make equal files. Hermetic."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ def test_text_in_a_page_is_no_markup() -> None:
 
 
 def test_the_card_tells_what_a_user_must_know(tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text('{"source": "nih", "license": "attribution", "terms": "cite Wang et al."}')
+    sources = [{"source": "nih", "license": "attribution", "terms": "cite Wang et al."}]
+    (tmp_path / "dataset.json").write_text(json.dumps({"sources": sources}))
     card = model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
     for text in ("Not for diagnosis", "400 films", "0.8000", "nih", "cite Wang et al.", "Kermany", "memorisation"):
         assert text in card

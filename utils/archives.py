@@ -1,13 +1,14 @@
-"""Single films out of large tar archives, as the archive arrives: no more of it is read than the films asked for need.
+"""Single films out of large archives: of a tar as it arrives, of a zip by ranges, no more than the films asked for need.
 
-Nothing in an archive decides where a file goes: members are known by their plain file name, and each goes where the
-caller said. Links, devices and members that nobody asked for stay in the archive.
+Nothing in an archive decides where a file goes: each film goes where the caller said. Links, devices and members that
+nobody asked for stay in the archive.
 """
 
 import gzip
 import io
 import tarfile
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -40,17 +41,20 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Archive:
-    """A gzipped tar archive, and which of its films are wanted.
+    """An archive, and which of its films are wanted.
 
     Attributes:
         name: for messages.
-        open: gives its bytes, in order; they are read until the last wanted film has been found.
-        wanted: by plain file name of a member, where it goes.
+        open: gives its bytes: of a gzipped tar in order, read until the last wanted film has been found; of a zip
+            anywhere.
+        wanted: by path of a member, where it goes; in a tar the plain file name decides.
+        take_out: puts the wanted films where they go and yields the path of each when it is there.
     """
 
     name: str
     open: Callable[[], Readable]
     wanted: Mapping[str, Path]
+    take_out: Callable[["Archive"], Iterator[str]]
 
 
 class Unpacker:
@@ -93,7 +97,7 @@ class Unpacker:
         try:
             for archive in self._archives:
                 missing = dict(archive.wanted)
-                for member in films_of(archive):
+                for member in archive.take_out(archive):
                     self._hand_over(missing.pop(member), True)
                 for path in missing.values():
                     self._hand_over(path, False)
@@ -133,13 +137,13 @@ class Header(tarfile.TarInfo):
         raise tarfile.ReadError("a file with holes")
 
 
-def films_of(archive: Archive) -> Iterator[str]:
-    """Put the wanted films of an archive where they go, and yield the plain name of each when it is there.
+def films_of_tar(archive: Archive) -> Iterator[str]:
+    """Put the wanted films of a gzipped tar where they go, and yield the path of each when it is there.
 
     Raises:
         Refused: where the archive does not come, is none, is damaged, or has a member that is too large for a film.
     """
-    missing = set(archive.wanted)
+    missing = {PurePosixPath(path).name: path for path in archive.wanted}
     with closing(archive.open()) as file:
         try:
             with gzip.GzipFile(fileobj=file) as plain, tarfile.open(fileobj=plain, mode="r|", tarinfo=Header) as tar:
@@ -150,9 +154,9 @@ def films_of(archive: Archive) -> Iterator[str]:
                         )
                     film = PurePosixPath(member.name).name
                     if film in missing and member.isreg():
-                        write_bytes(archive.wanted[film], tar.extractfile(member).read())
-                        missing.remove(film)
-                        yield film
+                        path = missing.pop(film)
+                        write_bytes(archive.wanted[path], tar.extractfile(member).read())
+                        yield path
                 # Where little is left, to the end: only there does a checksum tell whether the films are what was packed
                 for _ in range(LITTLE_BYTES // BLOCK_BYTES):
                     if not plain.read(BLOCK_BYTES):
@@ -169,6 +173,28 @@ def films_of(archive: Archive) -> Iterator[str]:
             else:
                 remedy = "put a whole one in its place"
             raise Refused(f"{archive.name} cannot be unpacked ({error}); {remedy}") from error
+
+
+def films_of_zip(archive: Archive) -> Iterator[str]:
+    """Put the wanted films of a zip where they go, in the order they lie in it, and yield the path of each.
+
+    Raises:
+        Refused: where the archive does not come, is none, is damaged, or has a member that is too large for a film.
+    """
+    try:
+        with closing(archive.open()) as file, zipfile.ZipFile(file) as plain:
+            members = {member.filename: member for member in plain.infolist() if member.filename in archive.wanted}
+            for member in sorted(members.values(), key=lambda member: member.header_offset):
+                if member.file_size > MAX_FILM_BYTES:
+                    raise Refused(
+                        f"{archive.name}: {member.filename[:100]} has {member.file_size} bytes; no film is that large"
+                    )
+                write_bytes(archive.wanted[member.filename], plain.read(member))
+                yield member.filename
+    except NotFetched as failure:
+        raise Refused(f"{archive.name}: {failure}; the same command goes on from here") from failure
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise Refused(f"{archive.name} cannot be unpacked ({error}); fetch it again") from error
 
 
 def gunzip(name: str, content: bytes) -> bytes:

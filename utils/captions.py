@@ -1,5 +1,6 @@
 """A sentence or two for a film of which only labels are known, and long captions fitted into a text encoder's window."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -7,7 +8,22 @@ VIEW_NAMES = {"PA": "PA", "AP": "AP", "LATERAL": "Lateral", "LL": "Lateral", "RL
 ADULT_AGE = 18  # years
 
 
-def caption(view: str | None, age: int | None, sex: str | None, findings: Sequence[str] | None) -> str:
+# Ways to say the same, the usual one first
+FILMS = ("{view} chest radiograph", "{view} chest X-ray", "{view} chest film", "{view} view of the chest")
+WITHOUT_VIEW = ("Chest radiograph", "Chest X-ray", "Chest film", "Radiograph of the chest")
+WITH_FINDINGS = ("{}.", "Findings: {}.", "Signs of {}.", "The film shows {}.")
+WITHOUT = (
+    "No acute finding.",
+    "No acute finding is seen.",
+    "There is no acute finding.",
+    "The film shows no acute finding.",
+)
+SHARE_OF_OTHERS = 0.2  # of films have a caption in another way than the usual one
+
+
+def caption(
+    view: str | None, age: int | None, sex: str | None, findings: Sequence[str] | None, film: str | None = None
+) -> str:
     """Return a caption that says what the labels say, and leaves out what they do not.
 
     Labels name neither side nor severity, so the caption never does. No finding reads "No acute finding.", not
@@ -18,14 +34,26 @@ def caption(view: str | None, age: int | None, sex: str | None, findings: Sequen
         age: in years; under 18 the patient is a boy or a girl.
         sex: "M" or "F"; anything else is left out.
         findings: names in any order; empty for a film without finding, None where nothing is known.
+        film: its name, from which it follows whether the caption is in the usual words, as four in five are, or in
+            others: a model that has read a label in one phrase only does not know it in another.
     """
+    way = phrasing(film)
     view_name = VIEW_NAMES.get((view or "").upper())
-    film = f"{view_name} chest radiograph" if view_name else "Chest radiograph"
+    name = FILMS[way].format(view=view_name) if view_name else WITHOUT_VIEW[way]
     patient = describe_patient(age, sex)
-    first = f"{film} of {patient}." if patient else f"{film}."
+    first = f"{name} of {patient}." if patient else f"{name}."
     if findings is None:
         return first
-    return f"{first} {describe_findings(findings)}"
+    listed = describe_findings(findings)
+    return f"{first} {WITH_FINDINGS[way].format(listed if way else capitalised(listed)) if listed else WITHOUT[way]}"
+
+
+def phrasing(film: str | None) -> int:
+    """Return which way of saying things a film's caption has: 0 is the usual one."""
+    if film is None:
+        return 0
+    draw = int.from_bytes(hashlib.sha256(film.encode()).digest()[:4], "big") / 2**32
+    return 1 + int(draw / SHARE_OF_OTHERS * (len(FILMS) - 1)) if draw < SHARE_OF_OTHERS else 0
 
 
 def describe_patient(age: int | None, sex: str | None) -> str:
@@ -43,12 +71,13 @@ def describe_patient(age: int | None, sex: str | None) -> str:
 
 
 def describe_findings(findings: Sequence[str]) -> str:
-    """Return the findings as one sentence in alphabetical order, so that equal labels give equal text."""
+    """Return "effusion and pneumonia": alphabetical, so that equal labels give equal text; "" for none."""
     names = sorted({uncapitalised(name) for name in findings}, key=str.casefold)
-    if not names:
-        return "No acute finding."
-    listed = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-    return f"{listed[0].upper()}{listed[1:]}."
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def uncapitalised(name: str) -> str:

@@ -74,7 +74,7 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         best_step: step of the adapter.
     """
     dataset = data_dir / "dataset.json"
-    described = json.loads(dataset.read_text(encoding="utf-8")) if dataset.is_file() else {}
+    sources = json.loads(dataset.read_text(encoding="utf-8"))["sources"] if dataset.is_file() else []
     license_id, license_text = LICENSES.get(config["base"], UNKNOWN)
     baseline, best = validations[0], next(row for row in validations if row["step"] == best_step)
     bounds = baseline["bounds"]
@@ -85,9 +85,9 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         resolution=config["resolution"],
         rank=config["settings"]["rank"],
         text_encoder_rank=config["settings"]["text_encoder_rank"],
-        source=described.get("source", "a folder of the user's own"),
-        data_terms=described.get("license", "those of the films' owner"),
-        data_terms_in_full=described.get("terms", ""),
+        source=" and ".join(part["source"] for part in sources) or "a folder of the user's own",
+        data_terms="; ".join(dict.fromkeys(part["license"] for part in sources)) or "those of the films' owner",
+        data_terms_in_full=" ".join(dict.fromkeys(part["terms"] for part in sources)),
         license_id=license_id,
         license=license_text,
         best_step=best_step,

@@ -68,6 +68,12 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def declares_text(path: Path) -> bool:
+    """Return whether a header says that text is burned into the film (0028,0301)."""
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["BurnedInAnnotation"])
+    return str(header.get("BurnedInAnnotation", "")).strip().upper() == "YES"
+
+
 def read_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, float] | None]:
     """Return a film as it is to be shown: what is bright is dense, whatever the polarity of the file.
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import httpx
 
@@ -65,48 +64,11 @@ def check_mirror(mirror: str) -> str:
     return str(folder)
 
 
-def address_of(mirror: str, name: str) -> str:
-    """Return the address of a file below the mirror's address."""
-    return f"{mirror}/{quote(name)}"
-
-
 def open_client(num_connections: int) -> httpx.Client:
     """Return the one client that all threads share; at most `num_connections` transfers run at once."""
     limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
     timeout = httpx.Timeout(TIMEOUT_S, pool=None)
     return httpx.Client(limits=limits, timeout=timeout, follow_redirects=True)
-
-
-def read_file(client: httpx.Client, mirror: str, name: str) -> bytes | None:
-    """Return a small file of the mirror as bytes, None where the mirror has no such file.
-
-    Raises:
-        Refused: where the mirror does not answer or does not let us read.
-    """
-    if not is_address(mirror):
-        path = Path(mirror) / name
-        try:
-            return path.read_bytes() if path.is_file() else None
-        except OSError as error:
-            raise Refused(f"cannot read {path}: {error.strerror}") from None
-    address = address_of(mirror, name)
-
-    def get() -> bytes:
-        content = bytearray()
-        with client.stream("GET", address) as response:
-            check_status(response)
-            for block in response.iter_bytes():
-                content += block
-                if len(content) > MAX_TABLE_BYTES:
-                    raise Refused(f"{address} has more than {MAX_TABLE_BYTES} bytes, which no table has")
-        return bytes(content)
-
-    try:
-        return with_retries(get, address, threading.Event(), attempts=3)
-    except NotFetched as failure:
-        if str(failure) == "not found":
-            return None
-        raise Refused(f"cannot read {address}: {failure}; is --mirror right?") from None
 
 
 def fetch_file(
@@ -117,6 +79,7 @@ def fetch_file(
     size: int | None = None,
     sha256: str | None = None,
     first_wait_s: float = FIRST_WAIT_S,
+    is_film: bool = True,
 ) -> None:
     """Download a file, going on where an earlier attempt ended, unless it is there already.
 
@@ -125,15 +88,16 @@ def fetch_file(
         stop: set it from another thread and the transfer ends with `Stopped` at the next block.
         size: in bytes, where known beforehand; the server's Content-Length is checked in any case.
         sha256: 64 hexadecimal digits, where known.
+        is_film: whether it may have as many bytes as a film at most.
 
     Raises:
-        NotFetched: not there, not allowed, or still broken after several attempts.
+        NotFetched: not there, not allowed, too large, or still broken after several attempts.
         Refused: where the host cannot be reached.
     """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256), address, stop, first_wait_s)
+    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256, is_film), address, stop, first_wait_s)
 
 
 def with_retries(transfer, address: str, stop: threading.Event, first_wait_s=FIRST_WAIT_S, attempts=ATTEMPTS):
@@ -172,13 +136,19 @@ def check_status(response: httpx.Response) -> None:
 
 
 def fetch_once(
-    client: httpx.Client, address: str, path: Path, stop: threading.Event, size: int | None, sha256: str | None
+    client: httpx.Client,
+    address: str,
+    path: Path,
+    stop: threading.Event,
+    size: int | None,
+    sha256: str | None,
+    is_film: bool,
 ) -> None:
     """Ask for what is missing of a file, append it, and give the file its final name if that makes it whole."""
     since = None
     for part, total in receive(client, address, path, stop):
         length = part.stat().st_size
-        if max(total or 0, length) > MAX_FILM_BYTES:
+        if is_film and max(total or 0, length) > MAX_FILM_BYTES:
             part.unlink()
             raise NotFetched("too large")
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""From a film as it was published to an 8-bit grey square: decoding, grey scale, geometry, PNG.
+"""From a film as it was published to an 8-bit grey square: decoding, grey scale, borders, geometry, PNG.
 
 Left stays left and top stays top. Whatever cannot be turned into a film that a radiologist would recognise raises
 `UnusableFilm`, whose text is the reason written to `rejected.jsonl`: fixed words, so that reasons can be counted.
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
-from utils.dicom import UnreadableDicom, is_dicom, read_dicom
+from utils.dicom import UnreadableDicom, declares_text, is_dicom, read_dicom
 
-PREPROCESSING = 1  # raise it when the same film gives other pixels: older sets are then made again, not mixed
+PREPROCESSING = 2  # raise it when the same film gives other pixels: older sets are then made again, not mixed
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow would also run Ghostscript on an EPS file
 MAX_PIXELS = 80_000_000  # four times the largest detector in use, and below the size at which Pillow warns
@@ -22,6 +23,18 @@ MAX_PAD_FREE_ASPECT = 1.25  # beyond it a centre crop would cut apices or costop
 COLOUR_SPREAD = 32  # grey levels between the channels of a pixel that is plainly coloured
 MAX_COLOURED = 0.02  # share of such pixels; a small coloured mark on a film is below it, a screenshot above
 SCALE_PERCENTILES = (0.1, 99.9)
+# A border is lines of one grey at the edge: shutters, the edge of a plate, what a scanner filled in
+BORDER_SPREAD = 6  # grey levels from the line's median
+BORDER_SHARE = 0.99  # of the line's pixels; a side marker, which nobody wants to lose, is longer
+LEAST_BORDER = 0.01  # of the side; a thinner one stays
+MOST_BORDER = 1 / 3
+LINES_AT_ONCE, PIXELS_A_LINE = 32, 512  # looked at
+# Letters are saturated, as high as these shares of the film, and stand in a row
+LETTER_LEVEL, LETTER_CONTRAST = 240, 60
+LETTER_HEIGHTS = (0.008, 0.06)
+LEAST_LETTER_PX = 7
+LEAST_LETTERS = 3  # a marker has one, and at times the initials of who took the film
+LETTER_SIDE_PX = 1024
 THUMBNAIL_PX = 128
 UNKNOWN_VIEW = "UNKNOWN"  # of a film that may be lateral; None is that of a table which says nothing of views
 
@@ -44,12 +57,14 @@ class Film:
     age: int | None = None  # years
     sex: str | None = None  # "M" or "F"
     boxes: list[dict] | None = None  # of each finding: name, side, zone and box, left top right bottom as fractions
-    archive: str | None = None  # below the mirror, a tar; a film that lies unpacked at `path` is taken from there
-    sha256: str | None = None  # of the file at `path`, 64 hexadecimal digits
+    archive: str | None = None  # below the mirror; a film that lies unpacked at `path` is taken from there
+    license: str | None = None  # its own, where the films of a source have different ones
+    sha256: str | None = None  # of the file at `path`, where the table has it
+    fault: str | None = None  # why its source leaves it out: the table says that it is no chest radiograph
 
     def described(self) -> dict:
-        """Return what the source's table says of it; boxes and hash only where it has any, as most sources know none."""
-        rare = ("boxes", "sha256")
+        """Return what the source's table says of it; what most sources do not know only where it is known."""
+        rare = ("boxes", "license", "sha256", "fault")
         described = {name: value for name, value in vars(self).items() if name != "archive"}
         return {name: value for name, value in described.items() if name not in rare or value is not None}
 
@@ -58,19 +73,23 @@ def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
     """Return the PNG of a film and what to note of it.
 
     Returns:
-        The PNG's bytes (8-bit grey, `resolution` squared) and width and height of the original in pixels, geometry,
-        and the difference hash of the result in hexadecimal.
+        The PNG's bytes (8-bit grey, `resolution` squared) and width and height of the original in pixels, the borders cut
+        off it (left, top, right, bottom, in pixels), geometry, whether text is burned in, and the difference hash of the
+        result in hexadecimal.
 
     Raises:
         UnusableFilm: with the reason.
     """
     grey = decode_film(path)
-    square, geometry = to_square(grey, resolution)
+    borders = find_borders(grey, resolution)
+    square, geometry = to_square(without_borders(grey, borders), resolution)
     height, width = grey.shape
     return encode_png(square), {
         "width": width,
         "height": height,
+        "borders": borders,
         "geometry": geometry,
+        "burned_in_text": has_letters(grey) or (is_dicom(path) and declares_text(path)),
         "dhash": f"{difference_hash(square):016x}",
     }
 
@@ -125,7 +144,7 @@ def load_image(path: Path) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             width, height = image.size
             if width * height <= MAX_PIXELS:
-                if image.format == "PNG":  # Pillow decodes pixels whose checksum is wrong
+                if image.format == "PNG":  # decoding skips the checksums, and one swap of bytes in eighty gets through
                     image.verify()
                     image = Image.open(file, formats=FORMATS)  # what was verified cannot be decoded
                 image.load()
@@ -240,9 +259,98 @@ def to_square(
     return square, "pad"
 
 
-def is_upsampled(width: int, height: int, geometry: str, resolution: int) -> bool:
-    """Return whether a film had fewer pixels than its square: what was added is no detail."""
-    return (max(width, height) if geometry == "pad" else min(width, height)) < resolution
+def find_borders(grey: np.ndarray, resolution: int) -> tuple[int, int, int, int]:
+    """Return how many pixels to cut off at each edge of a film, because they show none of it: left, top, right, bottom.
+
+    Of a border as much is kept as makes the rest square: else `to_square` would cut the film itself instead. A film that
+    has the asked size already is left alone: it may have been padded.
+
+    Args:
+        grey: uint8, [H, W].
+        resolution: side of the square that it is to become, in pixels.
+    """
+    if grey.shape == (resolution, resolution):
+        return 0, 0, 0, 0
+    left, top, right, bottom = (border_of(lines) for lines in (grey.T, grey, grey.T[::-1], grey[::-1]))
+    excess = (len(grey) - top - bottom) - (grey.shape[1] - left - right)  # of the height
+    left, right = less(left, right, excess)
+    top, bottom = less(top, bottom, -excess)
+    return left, top, right, bottom
+
+
+def less(first: int, second: int, excess: int) -> tuple[int, int]:
+    """Return two borders made thinner by `excess` pixels in all, each in proportion, as far as they go."""
+    rest = max(0, first + second - max(0, excess))
+    kept = round(first * rest / max(1, first + second))
+    return kept, rest - kept
+
+
+def border_of(lines: np.ndarray) -> int:
+    """Return how many of the first lines are of one grey each, 0 where they are few; uint8 [L, N]."""
+    most = int(len(lines) * MOST_BORDER)
+    step = max(1, lines.shape[1] // PIXELS_A_LINE)
+    count = 0
+    for start in range(0, most, LINES_AT_ONCE):
+        block = lines[start : min(start + LINES_AT_ONCE, most), ::step].astype(np.int16)
+        near = np.abs(block - np.median(block, axis=1, keepdims=True)) <= BORDER_SPREAD
+        even = near.mean(axis=1) >= BORDER_SHARE
+        count += len(even) if even.all() else int(np.argmin(even))
+        if not even.all():
+            break
+    return count if count >= LEAST_BORDER * len(lines) else 0
+
+
+def without_borders(grey: np.ndarray, borders: tuple[int, int, int, int]) -> np.ndarray:
+    """Return a film without its borders, uint8 [H, W]."""
+    left, top, right, bottom = borders
+    return grey[top : len(grey) - bottom, left : grey.shape[1] - right]
+
+
+def has_letters(grey: np.ndarray) -> bool:
+    """Return whether a film has text burned in: three or more letters in a row, as in "PORTABLE" or a name.
+
+    Looks for small saturated patches with sharp edges, of like height, on one base line. A single side marker is none.
+
+    Args:
+        grey: uint8, [H, W].
+    """
+    factor = -(-max(grey.shape) // LETTER_SIDE_PX)
+    small = grey if factor == 1 else np.asarray(Image.fromarray(grey).reduce(factor))
+    labels, _ = ndimage.label(small >= LETTER_LEVEL, np.ones((3, 3)))
+    low, high = (share * max(small.shape) for share in LETTER_HEIGHTS)
+    letters = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if max(low, LEAST_LETTER_PX) <= height <= high and 2 <= width <= 1.6 * height:
+            around = np.s_[max(0, rows.start - 2) : rows.stop + 2, max(0, columns.start - 2) : columns.stop + 2]
+            if is_letter(small[around], labels[around] == number, height * width):
+                letters.append((columns.start, columns.stop, rows.stop, height))
+    letters.sort()
+    return any(row_length(letters, first) >= LEAST_LETTERS for first in range(len(letters)))
+
+
+def is_letter(grey: np.ndarray, patch: np.ndarray, area: int) -> bool:
+    """Return whether a patch fills its box as letters do and stands out sharply; uint8 and bool, [h, w]."""
+    edge = ndimage.binary_dilation(patch, iterations=2) & ~ndimage.binary_dilation(patch) & (grey < LETTER_LEVEL)
+    fill = patch.sum() / area
+    return 0.15 <= fill <= 0.95 and edge.any() and np.median(grey[edge]) <= LETTER_LEVEL - LETTER_CONTRAST
+
+
+def row_length(letters: list[tuple[int, int, int, int]], first: int) -> int:
+    """Return how many letters stand in a row with one: left, right, base and height of each, sorted."""
+    length, (_, right, base, height) = 1, letters[first]
+    for left, next_right, next_base, next_height in letters[first + 1 :]:
+        is_beside = -0.3 * height <= left - right <= 1.5 * height
+        if is_beside and abs(next_base - base) <= 0.2 * height and 0.75 <= next_height / height <= 1.33:
+            length, right, base, height = length + 1, next_right, next_base, next_height
+    return length
+
+
+def is_upsampled(row: dict, resolution: int) -> bool:
+    """Return whether a film, of which `row` says size, borders and geometry, had fewer pixels than its square."""
+    left, top, right, bottom = row["borders"]
+    sides = row["width"] - left - right, row["height"] - top - bottom
+    return (max(sides) if row["geometry"] == "pad" else min(sides)) < resolution
 
 
 def encode_png(grey: np.ndarray) -> bytes:

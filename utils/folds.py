@@ -16,6 +16,7 @@ MIN_CORRELATION = 0.99
 MAX_MERGED_SHARE = 0.05  # of the set, in one group of several patients
 SMALL_SET = 100  # films below which a single pair is already a large share
 HASHES_PER_BLOCK = 512
+MOST_STRATA = 32
 
 
 def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_folds: int, seed: int) -> list[int]:
@@ -148,9 +149,26 @@ def group_of(row: dict, group_by: str) -> str:
 
 
 def stratum_of(row: dict) -> str:
-    """Return what is spread evenly over folds: whether any finding is known of the film."""
+    """Return whether any finding is known of a film."""
     findings = row.get("findings")
     return "unknown" if findings is None else "any finding" if findings else "no finding"
+
+
+def strata_of(rows: Sequence[dict]) -> list[str]:
+    """Return for each film what is spread evenly over folds: its rarest finding, as the commoner ones even out by themselves.
+
+    Of many findings the MOST_STRATA commonest count: of others there are too few to be spread.
+    """
+    films_with = Counter(finding for row in rows for finding in set(row.get("findings") or ()))
+    common = {finding for finding, _ in sorted(films_with.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRATA]}
+    return [
+        min(
+            common.intersection(row.get("findings") or ()),
+            key=lambda name: (films_with[name], name),
+            default=stratum_of(row),
+        )
+        for row in rows
+    ]
 
 
 def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by: str = "patient_id") -> list[dict]:
@@ -172,7 +190,7 @@ def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by
     groups, first = [group_of(row, group_by) for row in rows], {}
     copies = [(first.setdefault(row.get("sha256"), i), i) for i, row in enumerate(rows) if row.get("sha256")]
     groups = merge_groups(groups, copies)
-    folds = assign_folds(groups, [stratum_of(row) for row in rows], num_folds, seed)
+    folds = assign_folds(groups, strata_of(rows), num_folds, seed)
     return [{**row, "group": group, "fold": fold} for row, group, fold in zip(rows, groups, folds, strict=True)]
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.films import decode_film, to_square
+from utils.films import decode_film, find_borders, to_square, without_borders
 
 
 def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Tensor:
@@ -24,7 +24,9 @@ def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Te
     Raises:
         films.UnusableFilm: where the file is no usable film.
     """
-    film, _ = to_square(decode_film(path), resolution, Image.Resampling[interpolation.upper()])
+    grey = decode_film(path)
+    film = without_borders(grey, find_borders(grey, resolution))
+    film, _ = to_square(film, resolution, Image.Resampling[interpolation.upper()])
     return torch.from_numpy(np.array(film))
 
 

@@ -29,11 +29,12 @@ def lock_journal(journal: Path) -> IO:
     return lock
 
 
-def claim_folder(output_dir: Path, journal: Path, asked: dict, overwrite: bool) -> dict[str, dict]:
+def claim_folder(output_dir: Path, journal: Path, asked: dict, overwrite: bool, add: bool) -> dict[str, dict]:
     """Make the data folder ours, and return what earlier runs have finished in it, by file name.
 
     Args:
-        asked: the set that is wanted: source, table, settings. It is compared with what the folder holds.
+        asked: the set that is wanted: sources, tables, settings. It is compared with what the folder holds.
+        add: whether the folder may also hold all but the last of the sources.
 
     Raises:
         Refused: where the folder holds files of somebody else, or another set and `overwrite` is not given.
@@ -47,6 +48,8 @@ def claim_folder(output_dir: Path, journal: Path, asked: dict, overwrite: bool) 
         if held is None:
             raise Refused(f"--output_dir {output_dir} holds files that download.py did not write; name another folder")
         differences = differences_between(held, asked)
+        if add and not differences_between(held, {**asked, "sources": asked["sources"][:-1]}):
+            differences = []
         if differences and not overwrite:
             raise Refused(
                 f"{output_dir} holds another set ({'; '.join(differences)}); name another --output_dir, or add "
@@ -77,17 +80,25 @@ def read_record(output_dir: Path) -> dict | None:
         record = json.loads((output_dir / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and "table_sha256" in record else None
+    return record if isinstance(record, dict) and ("sources" in record or "table_sha256" in record) else None
 
 
 def differences_between(held: dict, asked: dict) -> list[str]:
     """Return in what a set that is there differs from the one asked for, in words."""
-    old = {**held, **(held.get("settings") or {})}
-    new = {**asked, **asked["settings"]}
-    keys = [key for key in new if key != "settings" and old.get(key) != new[key]]
-    return [
-        "its table is another" if key == "table_sha256" else f"{key} {old.get(key)}, not {new[key]}" for key in keys
-    ]
+    old = {"preprocessing": held.get("preprocessing"), **(held.get("settings") or {})}
+    new = {"preprocessing": asked["preprocessing"], **asked["settings"]}
+    differences = [f"{key} {old.get(key)}, not {value}" for key, value in new.items() if old.get(key) != value]
+    there = held.get("sources") or [{}]
+    if len(there) != len(asked["sources"]):
+        names = (" and ".join(part["name"] for part in parts) for parts in (there, asked["sources"]))
+        return [*differences, "source {}, not {}".format(*names)]
+    for part, other in zip(there, asked["sources"], strict=True):
+        differences += [
+            "its table is another" if key == "table_sha256" else f"{key} {part.get(key)}, not {other[key]}"
+            for key in ("source", "table_sha256", "limit")
+            if part.get(key) != other[key]
+        ]
+    return differences
 
 
 def is_finished(output_dir: Path, film: Film, origin: dict, done: dict[str, dict]) -> bool:

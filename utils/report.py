@@ -223,7 +223,12 @@ def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_picture(path: Path) -> str:
     """Return a PNG file as an HTML element that holds it, so that a page can be sent as one file."""
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    return html_image(path.stem, path.read_bytes())
+
+
+def html_image(name: str, png: bytes) -> str:
+    """Return a PNG as an HTML element that holds it."""
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:

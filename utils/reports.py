@@ -1,7 +1,7 @@
 """From a radiology report to a caption: sections cleaned, sentences chosen and put in order.
 
 A caption is what a model will be asked to draw, so it holds what one film can show and nothing else. De-identification
-tokens go ("XXXX", as whole tokens: they are what memorised films are recalled by, arXiv:2502.07516), and so do sentences
+tokens go ("XXXX" or "___", as whole tokens: they are what memorised films are recalled by, arXiv:2502.07516), and so do sentences
 that compare with earlier films, report a telephone call or plan what comes next. Nothing is added.
 """
 
@@ -13,7 +13,7 @@ def words(*alternatives: str) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.IGNORECASE)
 
 
-REDACTED = re.compile(r"\S*XXXX\S*?(?P<mark>[.,;:?!]*)(?=\s|$)", re.IGNORECASE)
+REDACTED = re.compile(r"\S*(?:XXXX|___)\S*?(?P<mark>[.,;:?!]*)(?=\s|$)", re.IGNORECASE)
 LIST_NUMBER = re.compile(r"(?:^|(?<=[\s.,]))\(?\d{1,2}[.)](?=\s|[A-Z])\s*")  # not the "1." of "1.5 cm"
 SENTENCE_END = re.compile(r"(?<=[.?!;])\s+")
 ABBREVIATION = re.compile(r"\b(?:dr|mr|mrs|ms|vs|approx|st|e\.g|i\.e)\.$", re.IGNORECASE)
@@ -67,6 +67,12 @@ ELSEWHERE = words(
     "consider(?:ation)?", "further evaluation", "could be (?:obtained|performed)", "may be (?:helpful|obtained|of benefit)",
     "please", "history of",
 )  # fmt: skip
+HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?)[ \t]*):", re.MULTILINE)
+IMPRESSION = re.compile(r"impression|conclusion|opinion|assessment", re.IGNORECASE)
+# A heading may also be the examination: "CHEST, PA AND LATERAL:"; that of the history, the technique or a call is neither
+FINDINGS = re.compile(
+    r"findings?|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)", re.I
+)
 LEAST_WORDS = 3  # before such a remark, for the rest to be a statement
 # What a remark or a token leaves at the end of a sentence
 DANGLING = re.compile(
@@ -123,6 +129,20 @@ def caption_sentences(findings: str, impression: str) -> list[str]:
             lost |= states_a_finding(sentence) and not GONE.search(sentence)
     kept = list(unique.values())
     return [] if lost and all(map(is_normal, kept)) else kept
+
+
+def sections_of(report: str) -> dict[str, str]:
+    """Return `findings` and `impression` of a whole report; of one without these headings, the last paragraph as findings."""
+    parts = HEADING.split(report)
+    sections = {"findings": "", "impression": ""}
+    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
+        kind = "impression" if IMPRESSION.search(heading) else "findings" if FINDINGS.match(heading) else None
+        if kind is not None:
+            sections[kind] = f"{sections[kind]} {body}".strip()
+    if not any(text.strip() for text in sections.values()):
+        paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", parts[-1]) if paragraph.strip()]
+        sections["findings"] = paragraphs[-1] if paragraphs else ""
+    return {kind: " ".join(text.split()) for kind, text in sections.items()}
 
 
 def sentences_of(section: str) -> list[str]:

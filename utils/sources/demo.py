@@ -1,15 +1,16 @@
 """The bundled demo set: films of virtual patients, sampled from cxr-tiny, with findings drawn in."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from utils.films import Film
 from utils.metadata import parse_table
+from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.sources import folder
 
 NAME = "demo"
+FILMS, SIZE, TEXT = "360", "bundled", "finding, side, zone"
 LICENSE = "CC BY 4.0"
 RESTRICTED = False
 TERMS = """\
@@ -23,12 +24,12 @@ RESOLUTION = 128  # pixels: that of the base they were sampled from
 TABLE = "metadata.jsonl"
 
 
-def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Film]:
+def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of the table, in its order, with the boxes of what is drawn in them."""
-    content = read_file(TABLE)
+    content = mirror.read(TABLE)
     rows = [] if content is None else parse_table(TABLE, content, folder.COLUMNS)
     if not rows or any(not isinstance(row.get("boxes"), list) for row in rows):
         raise Refused(
-            f"--mirror {mirror} is not the demo set; leave --mirror out, or for your own add --source folder"
+            f"--mirror {mirror.place} is not the demo set; leave --mirror out, or for your own add --source folder"
         )
     return [replace(folder.film_of(row, TABLE), boxes=row["boxes"]) for row in rows]

@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from utils.fetch import is_address
 from utils.films import Film
 from utils.metadata import MAX_AGE, parse_table, path_fault
+from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "folder"
+FILMS, SIZE, TEXT = "your own", "", "yours"
 LICENSE = "as granted by whoever provided the films"
 RESTRICTED = False
 TERMS = """\
@@ -22,36 +22,33 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 
 
-def list_films(mirror: str | None, read_file: Callable[[str], bytes | None]) -> list[Film]:
+def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of the table, in its order.
 
     Args:
         mirror: holds the table (`metadata.jsonl` or `metadata.csv`; in a folder any single *.csv or *.jsonl) and,
             below it, the films.
-        read_file: gives a file below the mirror as bytes, or None where there is none.
 
     Raises:
-        Refused: without a mirror, without exactly one table, or for a table that cannot be used.
+        Refused: without exactly one table, or for a table that cannot be used.
     """
-    if mirror is None:
-        raise Refused("--source folder needs --mirror: a folder or an address that holds your films and their table")
-    table = find_table(mirror, read_file)
-    return [film_of(row, table) for row in parse_table(table, read_file(table), COLUMNS)]
+    table = find_table(mirror)
+    return [film_of(row, table) for row in parse_table(table, mirror.read(table), COLUMNS)]
 
 
-def find_table(mirror: str, read_file: Callable[[str], bytes | None]) -> str:
+def find_table(mirror: Mirror) -> str:
     """Return the name of the one table below the mirror."""
-    if is_address(mirror):
-        tables = [name for name in TABLES if read_file(name) is not None][:1]
+    if mirror.is_remote:
+        tables = [name for name in TABLES if mirror.read(name) is not None][:1]
         looked_for = " or ".join(TABLES)
     else:
-        tables = sorted(path.name for path in Path(mirror).iterdir() if path.suffix in (".csv", ".jsonl"))
+        tables = sorted(path.name for path in Path(mirror.place).iterdir() if path.suffix in (".csv", ".jsonl"))
         tables = [name for name in tables if name in TABLES] or tables
         looked_for = "*.csv or *.jsonl"
     if len(tables) != 1:
         found = ", ".join(tables) or "none"
         raise Refused(
-            f"--mirror {mirror}: expected one table ({looked_for}) with {' and '.join(COLUMNS)}, found {found}"
+            f"--mirror {mirror.place}: expected one table ({looked_for}) with {' and '.join(COLUMNS)}, found {found}"
         )
     return tables[0]
 

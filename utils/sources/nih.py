@@ -1,17 +1,17 @@
 """NIH ChestX-ray14: 112,120 frontal films of 30,805 patients, with labels but without reports."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 from utils.archives import gunzip
 from utils.captions import caption
-from utils.fetch import is_address
 from utils.films import Film
 from utils.metadata import MAX_AGE, parse_table, path_fault
+from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "nih"
+FILMS, SIZE, TEXT = "112,120", "45 GB", "labels"
 LICENSE = "NIH ChestX-ray14: unrestricted use with attribution"
 RESTRICTED = False
 TERMS = """\
@@ -49,7 +49,7 @@ ADDRESSES = {f"images_{i:03d}.tar.gz": f"{MIRROR}/{key}.gz" for i, (key, _, _) i
 MD5S = {f"images_{i:03d}.tar.gz": md5 for i, (_, md5, _) in enumerate(ARCHIVES, start=1)}
 
 
-def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Film]:
+def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of the published table, in its order.
 
     Where the table is the whole one, each film is known to lie in one of the twelve archives, too.
@@ -57,22 +57,21 @@ def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Fi
     Args:
         mirror: where the table lies, with the films in `images/` or, in a local folder, in `images_001.tar.gz` to
             `images_012.tar.gz`.
-        read_file: gives a file below the mirror as bytes, or None where there is none.
 
     Raises:
         Refused: without a table, or for a table that cannot be used.
     """
-    tables = TABLES if mirror != MIRROR else TABLES[-1:]
+    tables = TABLES if mirror.place != MIRROR else TABLES[-1:]
     for table in tables:
-        content = read_file(table)
+        content = mirror.read(table)
         if content is None:
             continue
         if table.endswith(".gz"):
             content, table = gunzip(table, content), table.removesuffix(".gz")
         # The header's "OriginalImage[Width,Height]" is two columns, and some copies end each line in a comma
         films = [film_of(row, table) for row in parse_table(table, content, COLUMNS, extra_cells=True)]
-        return films if is_address(mirror) and mirror != MIRROR else in_archives(films)
-    raise Refused(f"--mirror {mirror} holds no {' or '.join(tables)}; expected one beside the folder images/")
+        return films if mirror.is_remote and mirror.place != MIRROR else in_archives(films)
+    raise Refused(f"--mirror {mirror.place} holds no {' or '.join(tables)}; expected one beside the folder images/")
 
 
 def in_archives(films: list[Film]) -> list[Film]:
@@ -104,7 +103,7 @@ def film_of(row: dict[str, str], table: str) -> Film:
         source_id=name,
         path=f"images/{name}",
         file_name=f"images/{name.rpartition('.')[0] or name}.png",
-        text=caption(view, age, sex, findings),
+        text=caption(view, age, sex, findings, name),
         patient_id=f"nih-{row['Patient ID'].lstrip('0') or 0}",
         findings=findings,
         view=view,

@@ -3,17 +3,19 @@
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from utils.archives import Header, gunzip
 from utils.captions import caption
 from utils.films import UNKNOWN_VIEW, Film
 from utils.metadata import parse_table
+from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import caption_sentences, sex_in
 
 NAME = "openi"
+FILMS, SIZE, TEXT = "7,470", "1.3 GB", "reports"
 LICENSE = "CC BY-NC-ND 4.0"
 RESTRICTED = True
 TERMS = """\
@@ -34,7 +36,7 @@ ADDRESSES = {name: f"{TABLES_AT}/{name}" for name in (HEADERS, CLUSTERS)}  # whe
 VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL"}
 
 
-def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Film]:
+def list_films(mirror: Mirror) -> list[Film]:
     """Return all films that a report names, by report and film.
 
     A film's view is that of its DICOM header, else that of its cluster; one in six has neither.
@@ -42,16 +44,15 @@ def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Fi
     Args:
         mirror: holds the reports and the films, in archives as published, the films also unpacked in `NLMCXR_png/`;
             and the two tables of views.
-        read_file: gives a file below the mirror as bytes, or None where there is none.
 
     Raises:
         Refused: where a file is missing or is something else.
     """
-    contents = {name: read_file(name) for name in (REPORTS, HEADERS, CLUSTERS)}
+    contents = {name: mirror.read(name) for name in (REPORTS, HEADERS, CLUSTERS)}
     for name, content in contents.items():
         if content is None:
             there = f"; it is at {ADDRESSES[name]}" if name in ADDRESSES else ""
-            raise Refused(f"--mirror {mirror} holds no {name}{there}")
+            raise Refused(f"--mirror {mirror.place} holds no {name}{there}")
     headers = {row["imageid"]: row["View Position"] for row in read_rows(HEADERS, contents[HEADERS], "View Position")}
     clusters = {row["imageid"]: row["tsne-view"] for row in read_rows(CLUSTERS, contents[CLUSTERS], "tsne-view")}
     films = []
@@ -77,7 +78,7 @@ def list_films(mirror: str, read_file: Callable[[str], bytes | None]) -> list[Fi
                 )
             )
     if not films:
-        raise Refused(f"{REPORTS} of {mirror} names no film; expected the reports of Open-i")
+        raise Refused(f"{REPORTS} of {mirror.place} names no film; expected the reports of Open-i")
     return sorted(films, key=lambda film: [int(part) for part in re.findall(r"\d+", film.source_id)])
 
 
