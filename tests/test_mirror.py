@@ -3,6 +3,7 @@
 import io
 import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from tests.test_fetch import CONTENT, server  # noqa: F401
 from utils.archives import MAX_FILM_BYTES, Archive, films_of_zip
-from utils.fetch import NotFetched, open_client
+from utils.fetch import NotFetched, open_client, with_retries
 from utils.mirror import Mirror, Ranged
 from utils.refusal import Refused
 
@@ -112,6 +113,48 @@ def test_damaged_and_absurd_members_of_a_zip_are_refused(tmp_path: Path, monkeyp
     assert MAX_FILM_BYTES > 1000
     with pytest.raises(Refused, match="no film is that large"):
         list(films_of_zip(archive))
+
+
+def damaged(place: int, change: bytes, name: str = "a.png", compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip of one film, with a few bytes changed in its entry of the table of contents."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as plain:
+        plain.writestr(name, CONTENT)
+    content, begins = bytearray(packed.getvalue()), packed.getvalue().rindex(b"PK\1\2") + place
+    content[begins : begins + len(change)] = change
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (damaged(8, b"\1"), "password required"),
+        (damaged(24, (1000).to_bytes(4, "little")), "CRC"),  # a size that is a lie: no more is unpacked
+        (damaged(46, b"\xff\xff", name="ä.png"), "'utf-8' codec"),
+        (damaged(0, b"", compression=zipfile.ZIP_LZMA), "compression 14"),
+        (damaged(46 + 5 + 16, b"\xff\xff"), "Invalid argument"),  # where the table of contents begins
+    ],
+)
+def test_whatever_is_wrong_with_a_zip_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(Refused, match=f"a.zip .*{reason}"):
+        Mirror(str(tmp_path)).open_zip("a.zip").read("a.png")
+
+
+@pytest.mark.parametrize("body", [CONTENT[:50], iter([CONTENT] * 3)], ids=["short", "long"])
+def test_a_range_that_is_not_what_it_says_is_asked_for_again(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.mirror.with_retries", partial(with_retries, first_wait_s=0.001))
+    host = Host(CONTENT)
+    file = Ranged(host.client, "http://host/a.zip", threading.Event())
+    good, bad = host.answer, [body]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        response = good(request)
+        headers = {"Content-Range": response.headers["Content-Range"]}
+        return httpx.Response(206, content=bad.pop(), headers=headers) if bad else response
+
+    file.client = httpx.Client(transport=httpx.MockTransport(answer))
+    assert file.read(100) == CONTENT[:100] and not bad
 
 
 def test_a_file_that_changes_meanwhile_is_not_stitched_together() -> None:

@@ -4,6 +4,7 @@ Nothing in an archive decides where a file goes: each film goes where the caller
 nobody asked for stay in the archive.
 """
 
+import errno
 import gzip
 import io
 import tarfile
@@ -11,11 +12,11 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
-from typing import Protocol
+from typing import IO, Protocol
 
 from utils.fetch import MAX_FILM_BYTES, MAX_TABLE_BYTES, Arriving, NotFetched, Stopped
 from utils.files import write_bytes
@@ -175,26 +176,58 @@ def films_of_tar(archive: Archive) -> Iterator[str]:
             raise Refused(f"{archive.name} cannot be unpacked ({error}); {remedy}") from error
 
 
+class Zip(zipfile.ZipFile):
+    """A zip archive whose faults are all `Refused`, and of which no member fills the memory, whatever it says of itself."""
+
+    def __init__(self, file: IO[bytes], name: str):
+        """Read the table of contents; `name` is for messages."""
+        self.called = name
+        with refusing(name):
+            super().__init__(file)
+
+    def read(self, member: str | zipfile.ZipInfo) -> bytes:
+        """Return a member's content, which its checksum fits."""
+        with refusing(self.called):
+            info = member if isinstance(member, zipfile.ZipInfo) else self.getinfo(member)
+            if info.file_size > MAX_FILM_BYTES:
+                raise Refused(
+                    f"{self.called}: {info.filename[:100]} has {info.file_size} bytes; no film is that large"
+                )
+            if info.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):  # the others unpack without a limit
+                raise zipfile.BadZipFile(f"compression {info.compress_type}")
+            with self.open(info) as file:
+                return file.read(info.file_size)  # no more, where the size is a lie
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn what goes wrong in reading a zip archive into `Refused`."""
+    try:
+        yield
+    except Refused:
+        raise
+    except NotFetched as failure:
+        raise Refused(f"{name}: {failure}; the same command goes on from here") from failure
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which says that a place lies before the file
+            raise
+        raise Refused(f"{name} cannot be unpacked ({error}); fetch it again") from error
+
+
 def films_of_zip(archive: Archive) -> Iterator[str]:
     """Put the wanted films of a zip where they go, in the order they lie in it, and yield the path of each.
 
     Raises:
         Refused: where the archive does not come, is none, is damaged, or has a member that is too large for a film.
     """
-    try:
-        with closing(archive.open()) as file, zipfile.ZipFile(file) as plain:
-            members = {member.filename: member for member in plain.infolist() if member.filename in archive.wanted}
-            for member in sorted(members.values(), key=lambda member: member.header_offset):
-                if member.file_size > MAX_FILM_BYTES:
-                    raise Refused(
-                        f"{archive.name}: {member.filename[:100]} has {member.file_size} bytes; no film is that large"
-                    )
-                write_bytes(archive.wanted[member.filename], plain.read(member))
-                yield member.filename
-    except NotFetched as failure:
-        raise Refused(f"{archive.name}: {failure}; the same command goes on from here") from failure
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise Refused(f"{archive.name} cannot be unpacked ({error}); fetch it again") from error
+    with refusing(archive.name), closing(archive.open()) as file, Zip(file, archive.name) as plain:
+        members = {member.filename: member for member in plain.infolist() if member.filename in archive.wanted}
+        for member in sorted(members.values(), key=lambda member: member.header_offset):
+            write_bytes(archive.wanted[member.filename], plain.read(member))
+            yield member.filename
 
 
 def gunzip(name: str, content: bytes) -> bytes:

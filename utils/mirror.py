@@ -2,7 +2,6 @@
 
 import io
 import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -10,7 +9,16 @@ from urllib.parse import quote
 
 import httpx
 
-from utils.fetch import MAX_TABLE_BYTES, NotFetched, check_status, fetch_file, with_retries
+from utils.archives import Zip
+from utils.fetch import (
+    MAX_TABLE_BYTES,
+    NotFetched,
+    TryAgain,
+    check_status,
+    fetch_file,
+    whole_number,
+    with_retries,
+)
 from utils.refusal import Refused
 
 FILM_BYTES = 1 << 22  # read at once of an archive at an address, where films are wanted of it
@@ -104,15 +112,13 @@ class Mirror:
             raise
         return open(downloaded, "rb")
 
-    def open_zip(self, name: str) -> zipfile.ZipFile | None:
+    def open_zip(self, name: str) -> Zip | None:
         """Return a zip archive to list and to read small members of, None where there is no such file."""
         try:
             file = self.open(name, threading.Event(), LINE_BYTES)
-            return None if file is None else zipfile.ZipFile(file)
         except NotFetched as failure:
             raise Refused(f"cannot read {self.address(name)}: {failure}; is --mirror right?") from None
-        except zipfile.BadZipFile as error:
-            raise Refused(f"{name} of {self.place} cannot be unpacked ({error}); fetch it again") from None
+        return None if file is None else Zip(file, f"{name} of {self.place}")
 
 
 class Ranged(io.RawIOBase):
@@ -135,12 +141,20 @@ class Ranged(io.RawIOBase):
             with self.client.stream("GET", self.address, headers=headers) as response:
                 check_status(response)
                 span, _, total = response.headers.get("Content-Range", "").partition("/")
-                if response.status_code != 206 or span != f"bytes {first}-{last}" or not total.isdecimal():
+                size = whole_number(total)
+                if response.status_code != 206 or span != f"bytes {first}-{last}" or size is None:
                     return b"", None
-                return response.read(), int(total)
+                data = bytearray()
+                for block in response.iter_bytes():
+                    data += block
+                    if len(data) > last - first + 1:
+                        break
+            if len(data) != last - first + 1 and self.size in (None, size):
+                raise TryAgain("wrong size")
+            return bytes(data), size
 
         data, size = with_retries(get, self.address, self.stop)
-        if self.size is not None and (size != self.size or len(data) != last - first + 1):
+        if self.size is not None and size != self.size:
             raise NotFetched("changed on the server")
         return data, size
 
