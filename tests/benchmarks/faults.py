@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.faulty_server import FINAL, SEEN, UNSEEN, FaultyServer, start_download
 from utils.files import read_jsonl, sha256_file, write_jsonl
-from utils.refusal import ArgumentParser, Refused
+from utils.refusal import ArgumentParser, Refused, run
 
 SIDE = 512  # pixels of films made up
 SHIFTS = 16  # films that are made of one
@@ -179,4 +179,4 @@ def tally(counts: Counter) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run(main, parse_args))
