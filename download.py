@@ -25,7 +25,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_from
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> int:
     if source.RESTRICTED and not args.accept_license:
         raise Refused(f"the terms of --source {source.NAME} restrict what you may do; read them, add --accept_license")
 
-    with open_client(args.num_workers) as client:
+    with open_client(args.num_workers) as client, ExitStack() as held_open:
         # What there is: the table of the source, before any film
         mirror = open_mirror(args, source, client)
         films = source.list_films(mirror)
@@ -167,12 +167,13 @@ def main(args: argparse.Namespace) -> int:
         # What there is already: films that an earlier run has finished in the same way
         asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
         journal = journal_path(args.cache_dir, args.output_dir)
-        lock = lock_journal(journal)
+        held_open.enter_context(lock_journal(journal))
         done = claim_folder(args.output_dir, journal, asked, args.overwrite, args.add)
 
         # Fetch and prepare the others
         results = {}
-        for film, result in make_films(wanted, mirror, source, args, settings["resolution"], done):
+        made = make_films(wanted, mirror, source, args, settings["resolution"], done)
+        for film, result in held_open.enter_context(closing(made)):
             if isinstance(result, str):
                 rejected.append({"source_id": film.source_id, "reason": result})
             else:
@@ -180,39 +181,38 @@ def main(args: argparse.Namespace) -> int:
                 if done.get(film.file_name) != result:
                     append_jsonl(journal, [result])
 
-    # Rows, folds, and what there is to say about the set
-    place = {film.source_id: number for number, film in enumerate(films)}
-    rejected.sort(key=lambda row: place[row["source_id"]])
-    rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
-    kept = [film for film in wanted if film.file_name in results]
-    if not kept:
-        reasons = ", ".join(
-            f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
-        )
-        raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
-    rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
-    hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
-    rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
-    terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
-    record = {
-        **asked,
-        "sources": [*earlier, {"name": name, **this, **terms}],
-        "data_hash": dataset_hash(rows),
-        "counts": count(rows, rejected, num_duplicates, settings["resolution"]),
-    }
+        # Rows, folds, and what there is to say about the set
+        place = {film.source_id: number for number, film in enumerate(films)}
+        rejected.sort(key=lambda row: place[row["source_id"]])
+        rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
+        kept = [film for film in wanted if film.file_name in results]
+        if not kept:
+            reasons = ", ".join(
+                f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
+            )
+            raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
+        rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
+        hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
+        rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
+        terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
+        record = {
+            **asked,
+            "sources": [*earlier, {"name": name, **this, **terms}],
+            "data_hash": dataset_hash(rows),
+            "counts": count(rows, rejected, num_duplicates, settings["resolution"]),
+        }
 
-    # Write dataset.json last: where it lies, the set is whole
-    remove_others(args.output_dir, journal, rows)
-    write_jsonl(args.output_dir / "rejected.jsonl", rejected)
-    write_jsonl(args.output_dir / "metadata.jsonl", rows)
-    write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
-    write_json(args.output_dir / "dataset.json", record)
-    lock.close()
-    print(
-        "\n".join(
-            [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
+        # Write dataset.json last: where it lies, the set is whole
+        remove_others(args.output_dir, journal, rows)
+        write_jsonl(args.output_dir / "rejected.jsonl", rejected)
+        write_jsonl(args.output_dir / "metadata.jsonl", rows)
+        write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
+        write_json(args.output_dir / "dataset.json", record)
+        print(
+            "\n".join(
+                [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
+            )
         )
-    )
     return 0
 
 
@@ -431,14 +431,12 @@ def make_films(
     """
     stop = threading.Event()
     raws = {film.file_name: locate(film, mirror, resolution) for film in wanted}
-    raw_lock = None
-    if mirror.is_remote or any(raw.is_packed for raw in raws.values()):
-        raw_lock = hold_lock(mirror.raw_dir / ".lock")
-        if raw_lock is None:
-            raise Refused(
-                f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another "
-                "--cache_dir"
-            )
+    needs_raw_dir = mirror.is_remote or any(raw.is_packed for raw in raws.values())
+    raw_lock = hold_lock(mirror.raw_dir / ".lock") if needs_raw_dir else nullcontext()
+    if raw_lock is None:
+        raise Refused(
+            f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another --cache_dir"
+        )
 
     def is_there(film: Film) -> bool:
         return is_finished(args.output_dir, film, raws[film.file_name].origin, done)
@@ -495,11 +493,9 @@ def make_films(
 
     single = [film for film in wanted if raws[film.file_name].path not in packed]
     tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
-    with closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
+    with raw_lock, closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
         yield from finished
-    unpacker.finish()
-    if raw_lock is not None:
-        raw_lock.close()
+        unpacker.finish()
 
 
 def fetch_and_prepare(
@@ -577,7 +573,7 @@ def row_of(film: Film, noted: dict, source: str, license: str) -> dict:
         "sha256": noted["sha256"],
         "width": noted["width"],
         "height": noted["height"],
-        "borders": list(noted["borders"]),
+        "borders": noted["borders"],
         "geometry": noted["geometry"],
         "burned_in_text": noted["burned_in_text"],
     }
