@@ -53,7 +53,7 @@ from utils.films import (
 )
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, read_record, remove_others
-from utils.metadata import dataset_hash
+from utils.metadata import dataset_hash, load_rows
 from utils.mirror import Mirror
 from utils.overview import overview_page, summary_lines
 from utils.pseudonyms import pseudonymised
@@ -80,6 +80,7 @@ SOURCES = {
         demo, openi, nih, covid, montgomery, shenzhen, folder, dicom, hf, mimic, chexpert, padchest, vindr
     )
 }  # fmt: skip
+BUNDLED_BASE = "assets/cxr-tiny"
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
@@ -122,7 +123,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("instead")
     group.add_argument("--list_sources", action="store_true", help="list the sources and their terms, then end")
-    group.add_argument("--check", type=Path, metavar="DIR", help="check a finished set, then end: 1 if it has faults")
+    group.add_argument(
+        "--check", type=Path, metavar="DIR", help="check a set, or your own imagefolder: 1 if it has faults"
+    )
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        default=BUNDLED_BASE,
+        help="base that --check counts the captions' tokens for",
+    )
     return parser.parse_args(argv)
 
 
@@ -132,9 +140,7 @@ def main(args: argparse.Namespace) -> int:
         print(list_sources())
         return 0
     if args.check is not None:
-        faults = check_dataset(args.check)
-        print("\n".join(faults) or f"{args.check}: no faults")
-        return 1 if faults else 0
+        return check(args.check, args.pretrained_model_name_or_path)
 
     # Terms before the first byte
     check_settings(args)
@@ -214,6 +220,32 @@ def main(args: argparse.Namespace) -> int:
             )
         )
     return 0
+
+
+def check(directory: Path, base: str) -> int:
+    """Print what is wrong with a data folder, and how many captions lose sentences; return the exit status."""
+    from transformers import CLIPTokenizer  # imports torch, which nothing else here needs
+
+    where = Path(__file__).parent / BUNDLED_BASE if base == BUNDLED_BASE else base
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer")
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"--pretrained_model_name_or_path {base} gives no tokenizer ({error}); try {BUNDLED_BASE}"
+        ) from None
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, verbose=False).input_ids)
+
+    faults = check_dataset(directory, count_tokens, tokenizer.model_max_length)
+    texts = [str(row["text"]) for row in load_rows(directory, "file_name", "text")]
+    longer = sum(count_tokens(text) > tokenizer.model_max_length for text in texts)
+    print("\n".join(faults) or f"{directory}: no faults")
+    print(
+        f"{longer} of {len(texts)} captions ({longer / len(texts):.0%}) are longer than the {tokenizer.model_max_length} "
+        f"tokens of {base}: they lose sentences from their end"
+    )
+    return 1 if faults else 0
 
 
 def list_sources() -> str:
