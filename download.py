@@ -24,12 +24,13 @@ import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_from
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 
 import httpx
@@ -84,6 +85,7 @@ BUNDLED_BASE = "assets/cxr-tiny"
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
+MAX_AHEAD_BYTES, MAX_AHEAD_FILMS = 1 << 29, 4096  # fetched and not yet prepared
 TARS = (".tgz", ".tar.gz")
 COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
@@ -539,8 +541,8 @@ def fetch_and_prepare(
     """Yield each film with what `prepare` returned, or with the reason why it is left out, as they get ready.
 
     Threads wait for the network in one pool and decode in another, as many as there are cores (Pillow computes
-    without the interpreter's lock). A bounded number of films is under way at any time. Any other error, or the end
-    of the caller, stops both pools.
+    without the interpreter's lock). The network may be ahead of the decoder by MAX_AHEAD_BYTES of films on the disk, and
+    no more. Any other error, or the end of the caller, stops both pools.
 
     Args:
         tasks: one a film; each returns a film with its raw file, with None where it is finished already, or with the
@@ -548,38 +550,52 @@ def fetch_and_prepare(
         prepare: makes the finished film of the raw one, or returns a task that fetches it again.
     """
     fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
-    waiting, under_way = iter(tasks), {}
-    num_fetched, ended = 0, False
+    ended = SimpleQueue()  # of futures; to wait for a set of them takes time for each of the set
+    waiting, fetching, ahead, ahead_bytes = iter(tasks), set(), {}, 0
+    num_fetched, is_whole = 0, False
     bar = tqdm(total=len(tasks), unit="film", disable=None)
+
+    def start(pool: ThreadPoolExecutor, task: Callable, *args) -> Future:
+        future = pool.submit(task, *args)
+        future.add_done_callback(ended.put)
+        return future
+
     try:
         while True:
-            while len(under_way) < 4 * num_workers and (task := next(waiting, None)) is not None:
-                under_way[fetchers.submit(task)] = None
-            if not under_way:
-                ended = True
+            while len(fetching) < 2 * num_workers and len(ahead) < MAX_AHEAD_FILMS and ahead_bytes < MAX_AHEAD_BYTES:
+                task = next(waiting, None)
+                if task is None:
+                    break
+                fetching.add(start(fetchers, task))
+            if not fetching and not ahead:
+                is_whole = True
                 return
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                film = under_way.pop(future)
-                if film is None:
-                    film, path = future.result()
-                    if not isinstance(path, NotFetched):
-                        num_fetched += 1
-                        bar.set_postfix(fetched=num_fetched, refresh=False)
-                        under_way[preparers.submit(prepare, film, path)] = film
-                        continue
-                    result = str(path)
-                else:
-                    try:
-                        result = future.result()
-                    except UnusableFilm as fault:
-                        result = str(fault)
-                    if callable(result):
-                        under_way[fetchers.submit(result)] = None
-                        continue
-                bar.update()
-                yield film, result
+            future = ended.get()
+            if future in fetching:
+                fetching.remove(future)
+                film, path = future.result()
+                if not isinstance(path, NotFetched):
+                    num_fetched += 1
+                    bar.set_postfix(fetched=num_fetched, refresh=False)
+                    size = 0 if path is None else path.stat().st_size
+                    ahead_bytes += size
+                    ahead[start(preparers, prepare, film, path)] = film, size
+                    continue
+                result = str(path)
+            else:
+                film, size = ahead.pop(future)
+                ahead_bytes -= size
+                try:
+                    result = future.result()
+                except UnusableFilm as fault:
+                    result = str(fault)
+                if callable(result):
+                    fetching.add(start(fetchers, result))
+                    continue
+            bar.update()
+            yield film, result
     finally:
-        if not ended:
+        if not is_whole:
             stop.set()
         fetchers.shutdown(cancel_futures=True)
         preparers.shutdown(cancel_futures=True)

@@ -473,6 +473,37 @@ def test_process_ends_as_promised(tmp_path):
     assert "NIH Clinical Center" in listing.communicate()[0] and listing.returncode == 0
 
 
+@pytest.mark.parametrize(("most_bytes", "least", "most"), [(1 << 30, 40, 40), (5 * 1000, 5, 5 + 2 * 2)])
+def test_the_network_runs_ahead_of_the_decoder_as_far_as_the_disk_allows(
+    most_bytes, least, most, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(download, "MAX_AHEAD_BYTES", most_bytes)
+    (tmp_path / "raw").write_bytes(bytes(1000))
+    fetched, decoding, reached = [], threading.Event(), threading.Event()
+
+    def fetch(number):
+        fetched.append(number)
+        if len(fetched) == least:
+            reached.set()
+        return number, tmp_path / "raw"
+
+    def prepare(number, path):
+        decoding.wait(20)
+        return {"number": number}
+
+    tasks = [partial(fetch, number) for number in range(40)]
+    made = download.fetch_and_prepare(tasks, prepare, 2, threading.Event())
+    first = threading.Thread(target=lambda: results.extend(made))
+    results = []
+    first.start()
+    assert reached.wait(20)
+    time.sleep(0.2)  # were there nothing to hold it back, it would go on
+    assert least <= len(fetched) <= most
+    decoding.set()
+    first.join()
+    assert sorted(number for number, _ in results) == list(range(40))
+
+
 def test_no_torch_is_imported():
     code = "import sys, download; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
