@@ -92,12 +92,15 @@ COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Says the defaults and keeps the lines of the description."""
+        """Says the defaults that there are and keeps the lines of the description."""
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return action.help if action.default is None else super()._get_help_string(action)
 
     parser = ArgumentParser(description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("what to fetch")
     group.add_argument("--source", default=demo.NAME, help="name of the set, see --list_sources")
-    group.add_argument("--mirror", help="http(s) address or local folder that holds the set")
+    group.add_argument("--mirror", help="http(s) address or local folder that holds the set; of hf OWNER/NAME")
     group.add_argument("--limit", type=int, help="look at the first N films of the table only")
     group.add_argument(
         "--view", choices=("frontal", "all"), help="frontal leaves out lateral films (default: frontal)"
@@ -253,7 +256,7 @@ def check(directory: Path, base: str) -> int:
 def list_sources() -> str:
     """Return the sources as a table, and below it the terms of each."""
     heads = [("source", "films", "size", "text", "terms")]
-    rows = [(name, s.FILMS, s.SIZE, s.TEXT, s.LICENSE) for name, s in SOURCES.items()]
+    rows = [(name, s.COUNT, s.SIZE, s.TEXT, s.LICENSE) for name, s in SOURCES.items()]
     widths = [max(len(row[column]) for row in heads + rows) for column in range(4)]
     table = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]])

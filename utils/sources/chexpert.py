@@ -11,7 +11,7 @@ from utils.reports import caption_sentences
 from utils.sources.folder import age_in_years
 
 NAME = "chexpert"
-FILMS, SIZE, TEXT = "223,414", "439 GB, small 11 GB", "labels; reports with CheXpert Plus"
+COUNT, SIZE, TEXT = "223,414", "439 GB, small 11 GB", "labels; reports with CheXpert Plus"
 LICENSE = "Stanford University Dataset Research Use Agreement"
 RESTRICTED = True
 TERMS = """\

@@ -19,7 +19,7 @@ from utils.reports import caption_sentences, sections_of
 from utils.sources.folder import find_table, finding_names
 
 NAME = "dicom"
-FILMS, SIZE, TEXT = "your own", "", "captions, reports or labels"
+COUNT, SIZE, TEXT = "your own", "", "captions, reports or labels"
 LICENSE = "as granted by whoever provided the films"
 RESTRICTED = False
 IDENTIFYING = True  # ids and file names may tell who the patients are: they are replaced by keyed hashes

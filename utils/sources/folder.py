@@ -10,7 +10,7 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "folder"
-FILMS, SIZE, TEXT = "your own", "", "yours"
+COUNT, SIZE, TEXT = "your own", "", "yours"
 LICENSE = "as granted by whoever provided the films"
 RESTRICTED = False
 TERMS = """\

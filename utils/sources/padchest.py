@@ -10,7 +10,7 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "padchest"
-FILMS, SIZE, TEXT = "160,861", "1 TB", "labels with their place"
+COUNT, SIZE, TEXT = "160,861", "1 TB", "labels with their place"
 LICENSE = "PadChest Dataset Research Use Agreement"
 RESTRICTED = True
 TERMS = """\
