@@ -24,12 +24,13 @@ import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_from
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 
 import httpx
@@ -53,7 +54,7 @@ from utils.films import (
 )
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, is_finished, journal_path, lock_journal, read_record, remove_others
-from utils.metadata import dataset_hash
+from utils.metadata import dataset_hash, load_rows
 from utils.mirror import Mirror
 from utils.overview import overview_page, summary_lines
 from utils.pseudonyms import pseudonymised
@@ -80,21 +81,26 @@ SOURCES = {
         demo, openi, nih, covid, montgomery, shenzhen, folder, dicom, hf, mimic, chexpert, padchest, vindr
     )
 }  # fmt: skip
+BUNDLED_BASE = "assets/cxr-tiny"
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
+MAX_AHEAD_BYTES, MAX_AHEAD_FILMS = 1 << 29, 4096  # fetched and not yet prepared
 TARS = (".tgz", ".tar.gz")
 COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Says the defaults and keeps the lines of the description."""
+        """Says the defaults that there are and keeps the lines of the description."""
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return action.help if action.default is None else super()._get_help_string(action)
 
     parser = ArgumentParser(description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("what to fetch")
     group.add_argument("--source", default=demo.NAME, help="name of the set, see --list_sources")
-    group.add_argument("--mirror", help="http(s) address or local folder that holds the set")
+    group.add_argument("--mirror", help="http(s) address or local folder that holds the set; of hf OWNER/NAME")
     group.add_argument("--limit", type=int, help="look at the first N films of the table only")
     group.add_argument(
         "--view", choices=("frontal", "all"), help="frontal leaves out lateral films (default: frontal)"
@@ -122,7 +128,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("instead")
     group.add_argument("--list_sources", action="store_true", help="list the sources and their terms, then end")
-    group.add_argument("--check", type=Path, metavar="DIR", help="check a finished set, then end: 1 if it has faults")
+    group.add_argument(
+        "--check", type=Path, metavar="DIR", help="check a set, or your own imagefolder: 1 if it has faults"
+    )
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        default=BUNDLED_BASE,
+        help="base that --check counts the captions' tokens for",
+    )
     return parser.parse_args(argv)
 
 
@@ -132,9 +145,7 @@ def main(args: argparse.Namespace) -> int:
         print(list_sources())
         return 0
     if args.check is not None:
-        faults = check_dataset(args.check)
-        print("\n".join(faults) or f"{args.check}: no faults")
-        return 1 if faults else 0
+        return check(args.check, args.pretrained_model_name_or_path)
 
     # Terms before the first byte
     check_settings(args)
@@ -145,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
     if source.RESTRICTED and not args.accept_license:
         raise Refused(f"the terms of --source {source.NAME} restrict what you may do; read them, add --accept_license")
 
-    with open_client(args.num_workers) as client:
+    with open_client(args.num_workers) as client, ExitStack() as held_open:
         # What there is: the table of the source, before any film
         mirror = open_mirror(args, source, client)
         films = source.list_films(mirror)
@@ -167,12 +178,13 @@ def main(args: argparse.Namespace) -> int:
         # What there is already: films that an earlier run has finished in the same way
         asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
         journal = journal_path(args.cache_dir, args.output_dir)
-        lock = lock_journal(journal)
+        held_open.enter_context(lock_journal(journal))
         done = claim_folder(args.output_dir, journal, asked, args.overwrite, args.add)
 
         # Fetch and prepare the others
         results = {}
-        for film, result in make_films(wanted, mirror, source, args, settings["resolution"], done):
+        made = make_films(wanted, mirror, source, args, settings["resolution"], done)
+        for film, result in held_open.enter_context(closing(made)):
             if isinstance(result, str):
                 rejected.append({"source_id": film.source_id, "reason": result})
             else:
@@ -180,46 +192,71 @@ def main(args: argparse.Namespace) -> int:
                 if done.get(film.file_name) != result:
                     append_jsonl(journal, [result])
 
-    # Rows, folds, and what there is to say about the set
-    place = {film.source_id: number for number, film in enumerate(films)}
-    rejected.sort(key=lambda row: place[row["source_id"]])
-    rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
-    kept = [film for film in wanted if film.file_name in results]
-    if not kept:
-        reasons = ", ".join(
-            f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
-        )
-        raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
-    rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
-    hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
-    rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
-    terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
-    record = {
-        **asked,
-        "sources": [*earlier, {"name": name, **this, **terms}],
-        "data_hash": dataset_hash(rows),
-        "counts": count(rows, rejected, num_duplicates, settings["resolution"]),
-    }
+        # Rows, folds, and what there is to say about the set
+        place = {film.source_id: number for number, film in enumerate(films)}
+        rejected.sort(key=lambda row: place[row["source_id"]])
+        rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
+        kept = [film for film in wanted if film.file_name in results]
+        if not kept:
+            reasons = ", ".join(
+                f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
+            )
+            raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
+        rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
+        hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
+        rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
+        terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
+        record = {
+            **asked,
+            "sources": [*earlier, {"name": name, **this, **terms}],
+            "data_hash": dataset_hash(rows),
+            "counts": count(rows, rejected, num_duplicates, settings["resolution"]),
+        }
 
-    # Write dataset.json last: where it lies, the set is whole
-    remove_others(args.output_dir, journal, rows)
-    write_jsonl(args.output_dir / "rejected.jsonl", rejected)
-    write_jsonl(args.output_dir / "metadata.jsonl", rows)
-    write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
-    write_json(args.output_dir / "dataset.json", record)
-    lock.close()
-    print(
-        "\n".join(
-            [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
+        # Write dataset.json last: where it lies, the set is whole
+        remove_others(args.output_dir, journal, rows)
+        write_jsonl(args.output_dir / "rejected.jsonl", rejected)
+        write_jsonl(args.output_dir / "metadata.jsonl", rows)
+        write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
+        write_json(args.output_dir / "dataset.json", record)
+        print(
+            "\n".join(
+                [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
+            )
         )
-    )
     return 0
+
+
+def check(directory: Path, base: str) -> int:
+    """Print what is wrong with a data folder, and how many captions lose sentences; return the exit status."""
+    from transformers import CLIPTokenizer  # imports torch, which nothing else here needs
+
+    where = Path(__file__).parent / BUNDLED_BASE if base == BUNDLED_BASE else base
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer")
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"--pretrained_model_name_or_path {base} gives no tokenizer ({error}); try {BUNDLED_BASE}"
+        ) from None
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, verbose=False).input_ids)
+
+    faults = check_dataset(directory, count_tokens, tokenizer.model_max_length)
+    texts = [str(row["text"]) for row in load_rows(directory, "file_name", "text")]
+    longer = sum(count_tokens(text) > tokenizer.model_max_length for text in texts)
+    print("\n".join(faults) or f"{directory}: no faults")
+    print(
+        f"{longer} of {len(texts)} captions ({longer / len(texts):.0%}) are longer than the {tokenizer.model_max_length} "
+        f"tokens of {base}: they lose sentences from their end"
+    )
+    return 1 if faults else 0
 
 
 def list_sources() -> str:
     """Return the sources as a table, and below it the terms of each."""
     heads = [("source", "films", "size", "text", "terms")]
-    rows = [(name, s.FILMS, s.SIZE, s.TEXT, s.LICENSE) for name, s in SOURCES.items()]
+    rows = [(name, s.COUNT, s.SIZE, s.TEXT, s.LICENSE) for name, s in SOURCES.items()]
     widths = [max(len(row[column]) for row in heads + rows) for column in range(4)]
     table = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]])
@@ -431,14 +468,12 @@ def make_films(
     """
     stop = threading.Event()
     raws = {film.file_name: locate(film, mirror, resolution) for film in wanted}
-    raw_lock = None
-    if mirror.is_remote or any(raw.is_packed for raw in raws.values()):
-        raw_lock = hold_lock(mirror.raw_dir / ".lock")
-        if raw_lock is None:
-            raise Refused(
-                f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another "
-                "--cache_dir"
-            )
+    needs_raw_dir = mirror.is_remote or any(raw.is_packed for raw in raws.values())
+    raw_lock = hold_lock(mirror.raw_dir / ".lock") if needs_raw_dir else nullcontext()
+    if raw_lock is None:
+        raise Refused(
+            f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another --cache_dir"
+        )
 
     def is_there(film: Film) -> bool:
         return is_finished(args.output_dir, film, raws[film.file_name].origin, done)
@@ -495,11 +530,9 @@ def make_films(
 
     single = [film for film in wanted if raws[film.file_name].path not in packed]
     tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
-    with closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
+    with raw_lock, closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
         yield from finished
-    unpacker.finish()
-    if raw_lock is not None:
-        raw_lock.close()
+        unpacker.finish()
 
 
 def fetch_and_prepare(
@@ -511,8 +544,8 @@ def fetch_and_prepare(
     """Yield each film with what `prepare` returned, or with the reason why it is left out, as they get ready.
 
     Threads wait for the network in one pool and decode in another, as many as there are cores (Pillow computes
-    without the interpreter's lock). A bounded number of films is under way at any time. Any other error, or the end
-    of the caller, stops both pools.
+    without the interpreter's lock). The network may be ahead of the decoder by MAX_AHEAD_BYTES of films on the disk, and
+    no more. Any other error, or the end of the caller, stops both pools.
 
     Args:
         tasks: one a film; each returns a film with its raw file, with None where it is finished already, or with the
@@ -520,38 +553,52 @@ def fetch_and_prepare(
         prepare: makes the finished film of the raw one, or returns a task that fetches it again.
     """
     fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
-    waiting, under_way = iter(tasks), {}
-    num_fetched, ended = 0, False
+    ended = SimpleQueue()  # of futures; to wait for a set of them takes time for each of the set
+    waiting, fetching, ahead, ahead_bytes = iter(tasks), set(), {}, 0
+    num_fetched, is_whole = 0, False
     bar = tqdm(total=len(tasks), unit="film", disable=None)
+
+    def start(pool: ThreadPoolExecutor, task: Callable, *args) -> Future:
+        future = pool.submit(task, *args)
+        future.add_done_callback(ended.put)
+        return future
+
     try:
         while True:
-            while len(under_way) < 4 * num_workers and (task := next(waiting, None)) is not None:
-                under_way[fetchers.submit(task)] = None
-            if not under_way:
-                ended = True
+            while len(fetching) < 2 * num_workers and len(ahead) < MAX_AHEAD_FILMS and ahead_bytes < MAX_AHEAD_BYTES:
+                task = next(waiting, None)
+                if task is None:
+                    break
+                fetching.add(start(fetchers, task))
+            if not fetching and not ahead:
+                is_whole = True
                 return
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                film = under_way.pop(future)
-                if film is None:
-                    film, path = future.result()
-                    if not isinstance(path, NotFetched):
-                        num_fetched += 1
-                        bar.set_postfix(fetched=num_fetched, refresh=False)
-                        under_way[preparers.submit(prepare, film, path)] = film
-                        continue
-                    result = str(path)
-                else:
-                    try:
-                        result = future.result()
-                    except UnusableFilm as fault:
-                        result = str(fault)
-                    if callable(result):
-                        under_way[fetchers.submit(result)] = None
-                        continue
-                bar.update()
-                yield film, result
+            future = ended.get()
+            if future in fetching:
+                fetching.remove(future)
+                film, path = future.result()
+                if not isinstance(path, NotFetched):
+                    num_fetched += 1
+                    bar.set_postfix(fetched=num_fetched, refresh=False)
+                    size = 0 if path is None else path.stat().st_size
+                    ahead_bytes += size
+                    ahead[start(preparers, prepare, film, path)] = film, size
+                    continue
+                result = str(path)
+            else:
+                film, size = ahead.pop(future)
+                ahead_bytes -= size
+                try:
+                    result = future.result()
+                except UnusableFilm as fault:
+                    result = str(fault)
+                if callable(result):
+                    fetching.add(start(fetchers, result))
+                    continue
+            bar.update()
+            yield film, result
     finally:
-        if not ended:
+        if not is_whole:
             stop.set()
         fetchers.shutdown(cancel_futures=True)
         preparers.shutdown(cancel_futures=True)
@@ -577,7 +624,7 @@ def row_of(film: Film, noted: dict, source: str, license: str) -> dict:
         "sha256": noted["sha256"],
         "width": noted["width"],
         "height": noted["height"],
-        "borders": list(noted["borders"]),
+        "borders": noted["borders"],
         "geometry": noted["geometry"],
         "burned_in_text": noted["burned_in_text"],
     }

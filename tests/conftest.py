@@ -81,7 +81,7 @@ def build_data(folder: Path, num_patients: int = 20, films_each: int = 2) -> Pat
 
 def mirror_of(files: dict[str, bytes]) -> SimpleNamespace:
     """Return a mirror that holds these files."""
-    return SimpleNamespace(place="mirror", is_remote=False, read=files.get, columns={})
+    return SimpleNamespace(place="mirror", is_remote=False, read=files.get, columns={}, path=Path("/nowhere").joinpath)
 
 
 @pytest.fixture(scope="session")

@@ -360,6 +360,25 @@ def test_check_finds_every_kind_of_damage(tmp_path):
     assert download.main(download.parse_args(["--check", str(data)])) == 1
 
 
+def test_an_imagefolder_from_elsewhere_is_checked_too(tmp_path, capsys):
+    mirror = folder_mirror(tmp_path / "films", 12)
+    film(3, side=300).convert("RGB").crop((0, 0, 300, 200)).save(mirror / "3.png")
+    assert download.main(download.parse_args(["--check", str(mirror)])) == 0
+    assert "0 of 12 captions (0%)" in capsys.readouterr().out
+    film(5).save(mirror / "7.png", compress_level=1)
+    (mirror / "8.png").write_bytes(b"damaged")
+    rows = read_jsonl(mirror / "metadata.jsonl")
+    rows[2]["text"] = "Word " * 100 + "end."
+    rows[4]["text"] = "A film. It is clear. " + "No effusion. " * 40
+    write_table(mirror, rows)
+    assert download.main(download.parse_args(["--check", str(mirror)])) == 1
+    out = capsys.readouterr().out
+    assert "2 of 12 captions (17%)" in out
+    for fault in ("5.png and 7.png are one film", "8.png: cannot be decoded", "2.png: its caption begins with"):
+        assert fault in out
+    assert len(out.splitlines()) == 4
+
+
 def test_terms_come_before_the_first_byte(tmp_path, capsys):
     with pytest.raises(Refused, match="is not a folder"):
         run_here(tmp_path, tmp_path / "absent", source="nih")
@@ -452,6 +471,37 @@ def test_process_ends_as_promised(tmp_path):
     assert (tmp_path / "data" / "dataset.json").exists() and not (tmp_path / "other" / "data").exists()
     listing = start(["--list_sources"])
     assert "NIH Clinical Center" in listing.communicate()[0] and listing.returncode == 0
+
+
+@pytest.mark.parametrize(("most_bytes", "least", "most"), [(1 << 30, 40, 40), (5 * 1000, 5, 5 + 2 * 2)])
+def test_the_network_runs_ahead_of_the_decoder_as_far_as_the_disk_allows(
+    most_bytes, least, most, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(download, "MAX_AHEAD_BYTES", most_bytes)
+    (tmp_path / "raw").write_bytes(bytes(1000))
+    fetched, decoding, reached = [], threading.Event(), threading.Event()
+
+    def fetch(number):
+        fetched.append(number)
+        if len(fetched) == least:
+            reached.set()
+        return number, tmp_path / "raw"
+
+    def prepare(number, path):
+        decoding.wait(20)
+        return {"number": number}
+
+    tasks = [partial(fetch, number) for number in range(40)]
+    made = download.fetch_and_prepare(tasks, prepare, 2, threading.Event())
+    first = threading.Thread(target=lambda: results.extend(made))
+    results = []
+    first.start()
+    assert reached.wait(20)
+    time.sleep(0.2)  # were there nothing to hold it back, it would go on
+    assert least <= len(fetched) <= most
+    decoding.set()
+    first.join()
+    assert sorted(number for number, _ in results) == list(range(40))
 
 
 def test_no_torch_is_imported():

@@ -40,8 +40,10 @@ class Handler(BaseHTTPRequestHandler):
         behaviour = server.script.pop(0) if server.script else "ok"
         asked = self.headers.get("Range")
         server.ranges.append(asked)
-        if isinstance(behaviour, int):
-            self.send_response(behaviour)
+        if behaviour == "busy" or isinstance(behaviour, int):
+            self.send_response(429 if behaviour == "busy" else behaviour)
+            if behaviour == "busy":
+                self.send_header("Retry-After", "7")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -103,6 +105,22 @@ def test_file_arrives_whole_through_faults(script, server, tmp_path):
     fetch(server, path, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT
     assert not leftovers(path)
+
+
+def test_all_threads_wait_where_a_host_asks_one_to(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.fetch, "not_before", {})
+    clock, waits = [100.0], []
+    monkeypatch.setattr(utils.fetch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stop = SimpleNamespace(is_set=lambda: False, wait=lambda seconds: waits.append(seconds))
+    server.script = ["busy"]
+    fetch(server, tmp_path / "one.png", stop)
+    assert 7 <= max(waits) <= 7 * 1.2  # its own wait
+    waits.clear()
+    fetch(server, tmp_path / "other.png", stop)  # the clock stands still: the host is still busy
+    assert len(waits) == 1 and 7 <= waits[0] <= 7 * 1.2
+    clock[0] += 8
+    fetch(server, tmp_path / "third.png", stop)
+    assert len(waits) == 1
 
 
 def test_a_broken_transfer_goes_on_where_it_was(server, tmp_path):

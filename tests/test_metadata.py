@@ -182,7 +182,9 @@ def test_dataset_hash_depends_on_content_and_not_on_order():
 
 
 def test_a_folder_of_others_is_checked_as_far_as_possible(tmp_path):
-    faults = check_dataset(imagefolder(tmp_path, rows_of(2)))
+    folder = imagefolder(tmp_path, rows_of(2))
+    (folder / "rejected.jsonl").write_text("")
+    faults = check_dataset(folder)
     assert len(faults) == 1 and "dataset.json" in faults[0]
 
 

@@ -85,6 +85,9 @@ def uncapitalised(name: str) -> str:
     return name if name[1:2].isupper() else name[:1].lower() + name[1:]
 
 
+ALWAYS_KEPT = 2  # sentences
+
+
 def fit(caption: str, count_tokens: Callable[[str], int], limit: int) -> str:
     """Return a caption that fits, or as many of its first sentences as do, each whole.
 
@@ -97,8 +100,12 @@ def fit(caption: str, count_tokens: Callable[[str], int], limit: int) -> str:
     """
     if count_tokens(caption) <= limit:
         return caption
-    sentences = re.split(r"(?<=[.?!])\s+", caption)
-    kept = min(2, len(sentences))
+    sentences = sentences_of(caption)
+    kept = min(ALWAYS_KEPT, len(sentences))
     while kept < len(sentences) and count_tokens(" ".join(sentences[: kept + 1])) <= limit:
         kept += 1
     return " ".join(sentences[:kept])
+
+
+def sentences_of(caption: str) -> list[str]:
+    return re.split(r"(?<=[.?!])\s+", caption)

@@ -2,32 +2,43 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from utils.captions import fit
 from utils.files import read_jsonl, sha256_file
-from utils.films import UnusableFilm, difference_hash, load_image, thumbnail
+from utils.films import UnusableFilm, decode_film, difference_hash, load_image, thumbnail
 from utils.folds import find_duplicates
 from utils.metadata import dataset_hash, load_rows, row_faults
 
 
-def check_dataset(directory: Path) -> list[str]:
-    """Return all faults of a data folder, a sentence each; none means that it is as download.py wrote it.
+def check_dataset(directory: Path, count_tokens: Callable[[str], int] | None = None, limit: int = 0) -> list[str]:
+    """Return all faults of a data folder, a sentence each; none means that it can be trained on as it is.
+
+    A folder that download.py made must be as it was written. In an imagefolder from elsewhere films may be of any kind that
+    download.py could have read.
+
+    Args:
+        count_tokens: of a text, in the base's tokenizer, those that begin and end it included; None leaves captions unread.
+        limit: most tokens that the base's text encoder takes.
 
     Raises:
         Refused: where there is no table that could be checked.
     """
     rows = load_rows(directory, "file_name", "text")
+    is_ours = any((directory / name).is_file() for name in ("dataset.json", "rejected.jsonl"))
     faults = list(row_faults(rows, directory))
     films = [row for row in rows if (directory / row["file_name"]).is_file()]
     hashes, thumbnails, readable = [], [], []
-    for row in films:
+    for row in tqdm(films, "films", unit="film", disable=None):
         if row.get("sha256") and sha256_file(directory / row["file_name"]) != row["sha256"]:
             faults.append(f"{row['file_name']} is not the file whose SHA-256 the table has")
         try:
-            grey = read_square(directory / row["file_name"])
+            grey = (read_square if is_ours else decode_film)(directory / row["file_name"])
         except UnusableFilm as fault:
             faults.append(f"{row['file_name']}: {fault}")
             continue
@@ -41,7 +52,24 @@ def check_dataset(directory: Path) -> list[str]:
             faults.append(
                 f"{one['file_name']} (fold {one['fold']}) and {other['file_name']} (fold {other['fold']}) are one film"
             )
-    return faults + record_faults(directory, rows)
+        elif one["fold"] is None:
+            faults.append(
+                f"{one['file_name']} and {other['file_name']} are one film; they could be on both sides of a split"
+            )
+    if count_tokens is not None:
+        faults += caption_faults(rows, count_tokens, limit)
+    return faults + (record_faults(directory, rows) if is_ours else [])
+
+
+def caption_faults(rows: list[dict], count_tokens: Callable[[str], int], limit: int) -> list[str]:
+    """Return which captions would be cut within a sentence; that later sentences are left out is as it should be."""
+    faults = []
+    for row in rows:
+        if isinstance(row["text"], str) and (tokens := count_tokens(fit(row["text"], count_tokens, limit))) > limit:
+            faults.append(
+                f"{row['file_name']}: its caption begins with {tokens} tokens, of which {limit} are read; shorten it"
+            )
+    return faults
 
 
 def read_square(path: Path) -> np.ndarray:

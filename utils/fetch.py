@@ -21,6 +21,8 @@ MAX_WAIT_S = 30.0
 SLOWEST_BYTES_S = 1000  # a film that trickles in would hold up a run for days
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
+MAX_CONNECTIONS = 32  # a source lies on one host, as a rule
+not_before: dict[str, float] = {}  # by host, on the clock of time.monotonic: it has asked all of us to wait
 MAX_FILM_BYTES = 1 << 28  # four times the largest film in use; a server may also send without end
 MAX_TABLE_BYTES = 1 << 28
 
@@ -65,8 +67,9 @@ def check_mirror(mirror: str) -> str:
 
 
 def open_client(num_connections: int) -> httpx.Client:
-    """Return the one client that all threads share; at most `num_connections` transfers run at once."""
-    limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
+    """Return the one client that all threads share: no more transfers at once than asked for, or than a host should bear."""
+    most = min(num_connections, MAX_CONNECTIONS)
+    limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
     timeout = httpx.Timeout(TIMEOUT_S, pool=None)
     return httpx.Client(limits=limits, timeout=timeout, follow_redirects=True)
 
@@ -102,11 +105,18 @@ def fetch_file(
 
 def with_retries(transfer, address: str, stop: threading.Event, first_wait_s=FIRST_WAIT_S, attempts=ATTEMPTS):
     """Call `transfer()` until it succeeds, waiting about twice as long each time, and return what it returned."""
+    host = address.split("/")[2]
     for attempt in range(attempts):
+        if (pause_s := not_before.get(host, 0.0) - time.monotonic()) > 0 and stop.wait(
+            pause_s * random.uniform(1, 1.2)
+        ):
+            raise Stopped
         try:
             return transfer()
         except TryAgain as failure:
-            reason, wait_s = str(failure), failure.wait_s
+            reason, wait_s = str(failure), min(failure.wait_s, MAX_WAIT_S)
+            if wait_s:
+                not_before[host] = max(time.monotonic() + wait_s, not_before.get(host, 0.0))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             reason, wait_s = f"cannot connect ({error})", 0.0
         except httpx.TransportError:

@@ -87,7 +87,7 @@ def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
     return encode_png(square), {
         "width": width,
         "height": height,
-        "borders": borders,
+        "borders": list(borders),
         "geometry": geometry,
         "burned_in_text": has_letters(grey) or (is_dicom(path) and declares_text(path)),
         "dhash": f"{difference_hash(square):016x}",

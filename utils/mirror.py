@@ -49,6 +49,10 @@ class Mirror:
         self.addresses, self.columns = addresses or {}, columns or {}
         self.is_remote = is_remote
 
+    def theirs(self, **ours: str) -> dict[str, str]:
+        """Return our name of each column by the table's own: `theirs(text="caption_column")` is {"report": "text"}."""
+        return {self.columns.get(flag) or name: name for name, flag in ours.items()}
+
     def path(self, name: str) -> Path:
         """Return where a file of a local mirror lies."""
         return Path(self.place) / name

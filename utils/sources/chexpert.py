@@ -11,7 +11,7 @@ from utils.reports import caption_sentences
 from utils.sources.folder import age_in_years
 
 NAME = "chexpert"
-FILMS, SIZE, TEXT = "223,414", "439 GB, small 11 GB", "labels; reports with CheXpert Plus"
+COUNT, SIZE, TEXT = "223,414", "439 GB, small 11 GB", "labels; reports with CheXpert Plus"
 LICENSE = "Stanford University Dataset Research Use Agreement"
 RESTRICTED = True
 TERMS = """\
@@ -23,7 +23,7 @@ EXAMPLE = (
 )
 
 TABLES = ("train.csv", "valid.csv")
-PLUS = re.compile(r"df_chexpert_plus_\d+\.csv")
+PLUS = "df_chexpert_plus_*.csv"
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
 PLUS_COLUMNS = ("path_to_image", "section_findings", "section_impression", "frontal_lateral", "ap_pa")
 SEXES = {"Male": "M", "Female": "F"}
@@ -39,13 +39,13 @@ def list_films(mirror: Mirror) -> list[Film]:
     Raises:
         Refused: without such a table, or for one that cannot be used.
     """
-    names = [] if mirror.is_remote else sorted(path.name for path in mirror.path("").iterdir())
-    plus = next((name for name in names if PLUS.fullmatch(name)), None)
+    names = [] if mirror.is_remote else sorted(path.name for path in mirror.path("").glob(PLUS))
+    plus = next(iter(names), None)
     if plus is not None:
         return [plus_film(row, plus) for row in parse_table(plus, mirror.read(plus), PLUS_COLUMNS)]
     tables = {name: content for name in TABLES if (content := mirror.read(name)) is not None}
     if not tables:
-        raise Refused(f"--mirror {mirror.place} holds neither {TABLES[0]} nor df_chexpert_plus_*.csv; {EXAMPLE}")
+        raise Refused(f"--mirror {mirror.place} holds neither {TABLES[0]} nor {PLUS}; {EXAMPLE}")
     return [film_of(row, table) for table in tables for row in parse_table(table, tables[table], COLUMNS)]
 
 

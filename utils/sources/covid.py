@@ -11,7 +11,7 @@ from utils.refusal import Refused
 from utils.sources.folder import age_in_years, data_name
 
 NAME = "covid-chestxray"
-FILMS, SIZE, TEXT = "about 900", "0.6 GB", "labels"
+COUNT, SIZE, TEXT = "about 900", "0.6 GB", "labels"
 LICENSE = "of each film its own; some CC BY-NC-SA, some unknown"
 RESTRICTED = True
 TERMS = """\

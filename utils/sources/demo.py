@@ -10,7 +10,7 @@ from utils.refusal import Refused
 from utils.sources import folder
 
 NAME = "demo"
-FILMS, SIZE, TEXT = "360", "bundled", "finding, side, zone"
+COUNT, SIZE, TEXT = "360", "bundled", "finding, side, zone"
 LICENSE = "CC BY 4.0"
 RESTRICTED = False
 TERMS = """\

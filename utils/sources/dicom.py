@@ -19,7 +19,7 @@ from utils.reports import caption_sentences, sections_of
 from utils.sources.folder import find_table, finding_names
 
 NAME = "dicom"
-FILMS, SIZE, TEXT = "your own", "", "captions, reports or labels"
+COUNT, SIZE, TEXT = "your own", "", "captions, reports or labels"
 LICENSE = "as granted by whoever provided the films"
 RESTRICTED = False
 IDENTIFYING = True  # ids and file names may tell who the patients are: they are replaced by keyed hashes
@@ -87,11 +87,11 @@ def list_films(mirror: Mirror) -> list[Film]:
 def read_words(mirror: Mirror) -> tuple[str, str, dict[str, dict]]:
     """Return the table's name, the key it is joined by, and its rows by that key."""
     table = find_table(mirror)
-    named = {"text": mirror.columns.get("caption_column"), "patient_id": mirror.columns.get("patient_column")}
-    renamed = {theirs: ours for ours, theirs in named.items() if theirs}
+    ours = mirror.theirs(file_name="image_column", text="caption_column", patient_id="patient_column")
+    asked = [theirs for theirs, name in ours.items() if theirs != name]
     rows = [
-        {renamed.get(column, column): cell for column, cell in row.items()}
-        for row in parse_table(table, mirror.read(table), tuple(renamed))
+        {ours.get(column, column): cell for column, cell in row.items()}
+        for row in parse_table(table, mirror.read(table), asked)
     ]
     key = next((key for key in KEYS if key in rows[0]), None)
     if key is None or not any(column in rows[0] for column in TEXT_COLUMNS):

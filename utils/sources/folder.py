@@ -10,7 +10,7 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "folder"
-FILMS, SIZE, TEXT = "your own", "", "yours"
+COUNT, SIZE, TEXT = "your own", "", "yours"
 LICENSE = "as granted by whoever provided the films"
 RESTRICTED = False
 TERMS = """\
@@ -27,13 +27,16 @@ def list_films(mirror: Mirror) -> list[Film]:
 
     Args:
         mirror: holds the table (`metadata.jsonl` or `metadata.csv`; in a folder any single *.csv or *.jsonl) and,
-            below it, the films.
+            below it, the films. Its `columns` say where the table has other names than ours.
 
     Raises:
         Refused: without exactly one table, or for a table that cannot be used.
     """
     table = find_table(mirror)
-    return [film_of(row, table) for row in parse_table(table, mirror.read(table), COLUMNS)]
+    ours = mirror.theirs(file_name="image_column", text="caption_column", patient_id="patient_column")
+    asked = [theirs for theirs, name in ours.items() if name in COLUMNS or theirs != name]
+    rows = parse_table(table, mirror.read(table), asked)
+    return [film_of({ours.get(column, column): cell for column, cell in row.items()}, table) for row in rows]
 
 
 def find_table(mirror: Mirror) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 NAME = "hf"
-FILMS, SIZE, TEXT = "of the set", "", "a text column"
+COUNT, SIZE, TEXT = "of the set", "", "a text column"
 LICENSE = "as its card on the hub says"
 RESTRICTED = True
 TERMS = """\

@@ -13,7 +13,7 @@ from utils.refusal import Refused
 from utils.reports import caption_sentences, sections_of
 
 NAME = "mimic-cxr"
-FILMS, SIZE, TEXT = "377,110", "4.7 TB, JPEG 560 GB", "reports"
+COUNT, SIZE, TEXT = "377,110", "4.7 TB, JPEG 560 GB", "reports"
 LICENSE = "PhysioNet Credentialed Health Data License 1.5.0"
 RESTRICTED = True
 TERMS = """\

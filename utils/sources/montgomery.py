@@ -14,7 +14,7 @@ from utils.refusal import Refused
 from utils.reports import caption_sentences, words
 
 NAME = "montgomery"
-FILMS, SIZE, TEXT = "138", "0.6 GB", "readings"
+COUNT, SIZE, TEXT = "138", "0.6 GB", "readings"
 LICENSE = "NLM: attribution"
 RESTRICTED = False
 TERMS = """\

@@ -11,7 +11,7 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "nih"
-FILMS, SIZE, TEXT = "112,120", "45 GB", "labels"
+COUNT, SIZE, TEXT = "112,120", "45 GB", "labels"
 LICENSE = "NIH ChestX-ray14: unrestricted use with attribution"
 RESTRICTED = False
 TERMS = """\

@@ -15,7 +15,7 @@ from utils.refusal import Refused
 from utils.reports import caption_sentences, sex_in
 
 NAME = "openi"
-FILMS, SIZE, TEXT = "7,470", "1.3 GB", "reports"
+COUNT, SIZE, TEXT = "7,470", "1.3 GB", "reports"
 LICENSE = "CC BY-NC-ND 4.0"
 RESTRICTED = True
 TERMS = """\

@@ -10,14 +10,14 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "padchest"
-FILMS, SIZE, TEXT = "160,861", "1 TB", "labels with their place"
+COUNT, SIZE, TEXT = "160,861", "1 TB", "labels with their place"
 LICENSE = "PadChest Dataset Research Use Agreement"
 RESTRICTED = True
 TERMS = """\
 PadChest (Bustos et al., Medical Image Analysis 2020) is given for research under the PadChest Dataset Research Use Agreement:
-no commercial use, no passing on, no attempt to tell who a patient is. Ask for it at https://bimcv.cipf.es/bimcv-projects/padchest,
-keep its zip archives or unpack them, and name the folder with --mirror. Nothing is downloaded. Its reports are in Spanish,
-reduced to stems, and are not used; three labels in four were read out of reports by software."""
+no commercial use, no passing on, no attempt to tell who a patient is. Ask for it at
+https://bimcv.cipf.es/bimcv-projects/padchest, keep its zip archives or unpack them, and name the folder with --mirror. Nothing
+is downloaded. Its reports are in Spanish, reduced to stems, and are not used; three labels in four were read by software."""
 EXAMPLE = (
     "python download.py --source padchest --accept_license --mirror FOLDER (with the table and 0.zip, 1.zip, ...)"
 )
@@ -28,7 +28,7 @@ COLUMNS = (
     "LabelsLocalizationsBySentence",
 )  # fmt: skip
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL", "COSTAL": "COSTAL"}
-NO_STATEMENT = {"", "unchanged", "loc", "suboptimal study"}
+NO_FINDING = {"", "normal", "unchanged", "exclude", "suboptimal study"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -80,28 +80,28 @@ def film_of(row: dict[str, str], together: bool) -> Film:
 def label_groups(row: dict[str, str]) -> tuple[list[tuple[list[str], list[str]]], bool]:
     """Return for each sentence of the report its findings and where they are, and whether the film was excluded.
 
-    What is normal and what says nothing of this film ("unchanged") is left out.
+    What is normal and what says nothing of this film ("unchanged") is left out. Where sentences are not kept apart, it is
+    not known what is where: then the findings stand alone.
     """
-    groups, excluded = [], False
-    for cell in (row["LabelsLocalizationsBySentence"], row["Labels"]):
-        try:
-            listed = ast.literal_eval(cell) if cell not in ("", "nan") else []
-        except (ValueError, SyntaxError):
-            listed = []
-        groups = groups or [group for group in listed if isinstance(group, list)]
-        names = {
-            str(name).strip().casefold() for group in listed for name in ([group] if isinstance(group, str) else group)
-        }
-        excluded |= "exclude" in names
+    labels, groups = (listed(row[column]) for column in ("Labels", "LabelsLocalizationsBySentence"))
+    if not all(isinstance(group, list) for group in groups):
+        groups = [labels]
     found = []
-    for group in groups:
+    for group in groups or [labels]:
         names = list(dict.fromkeys(str(name).strip() for name in group))
-        labels = [
-            name for name in names if not name.startswith("loc ") and name.casefold() not in NO_STATEMENT | {"normal"}
-        ]
-        if labels:
-            found.append((labels, [name.removeprefix("loc ") for name in names if name.startswith("loc ")]))
-    return found, excluded
+        findings = [name for name in names if not name.startswith("loc ") and name.casefold() not in NO_FINDING]
+        if findings:
+            found.append((findings, [name.removeprefix("loc ") for name in names if name.startswith("loc ")]))
+    return found, "exclude" in labels
+
+
+def listed(cell: str) -> list:
+    """Return the list that a cell holds as Python writes it, empty for what is none."""
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return []
+    return value if isinstance(value, list) else []
 
 
 def sentence(group: tuple[list[str], list[str]]) -> str:

@@ -5,7 +5,7 @@ from utils.mirror import Mirror
 from utils.sources.montgomery import list_readings
 
 NAME = "shenzhen"
-FILMS, SIZE, TEXT = "662", "3.8 GB", "readings"
+COUNT, SIZE, TEXT = "662", "3.8 GB", "readings"
 LICENSE = "NLM: attribution"
 RESTRICTED = False
 TERMS = """\

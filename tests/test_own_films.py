@@ -1,0 +1,335 @@
+"""Films of one's own: DICOM folders whose names must not come along, data sets of the hub, several sources in one set."""
+
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import download
+from tests.test_dicom import save
+from tests.test_download import assert_same_folder, film, folder_mirror, nih_mirror, run_here, write_table
+from utils import pseudonyms
+from utils.files import read_jsonl
+from utils.metadata import read_metadata
+from utils.mirror import Mirror
+from utils.refusal import Refused
+from utils.sources import dicom
+
+NAME = "Somebody^Known"
+
+
+def dicom_folder(directory: Path, num_films: int = 12, table: str = "file_name,labels") -> Path:
+    """Write two films a patient, in folders that are named after them, and a table of labels."""
+    rows = [table]
+    for number in range(num_films):
+        place = directory / f"Known, Somebody {number // 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        name = f"IM{number:04d}"
+        elements = dict(
+            PatientID=f"ID-{number // 2}", PatientAge=f"{30 + number:03d}Y", PatientSex="F", ViewPosition="PA"
+        )
+        pixels = np.asarray(film(number)).astype(np.uint16) * 16
+        save(place, pixels, 12, name, **elements, StudyInstanceUID=f"1.2.{number}", AccessionNumber=f"A{number}")
+        key = {
+            "file_name": f'"{place.name}/{name}"',
+            "StudyInstanceUID": f"1.2.{number}",
+            "AccessionNumber": f"A{number}",
+        }
+        rows.append(f"{key[table.partition(',')[0]]},{'Edema|Effusion' if number % 2 else 'No Finding'}")
+    (directory / "labels.csv").write_text("\n".join(rows) + "\n")
+    return directory
+
+
+def test_nothing_of_a_dicom_folder_tells_who_the_patients_are(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans")
+    data = run_here(tmp_path, mirror, source="dicom")
+    rows = read_metadata(data)
+    assert len(rows) == 12 and len({row["patient_id"] for row in rows}) == 6
+    assert {row["sex"] for row in rows} == {"F"} and sorted(row["age"] for row in rows) == list(range(30, 42))
+    written = b"".join(path.read_bytes() for path in data.rglob("*") if path.is_file())
+    written += "".join(str(path.relative_to(data)) for path in data.rglob("*")).encode()
+    for secret in (b"Known", b"Somebody", b"IM00", b"ID-", b"labels.csv", str(tmp_path).encode()):
+        assert secret not in written
+    # Whoever has the cache folder, and nobody else, can find a film again
+    (names,) = (tmp_path / "cache" / "raw").rglob("names.jsonl")
+    files = {row["source_id"]: row["file"] for row in read_jsonl(names)}
+    assert {files[row["source_id"]].partition("/")[0] for row in rows} == {f"Known, Somebody {n}" for n in range(6)}
+    assert stat.S_IMODE(names.stat().st_mode) == stat.S_IMODE((tmp_path / "cache" / "salt").stat().st_mode) == 0o600
+
+
+def test_pseudonyms_last_as_long_as_their_key(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans")
+    data = run_here(tmp_path / "one", mirror, source="dicom")
+    before = read_metadata(data)
+    assert read_metadata(run_here(tmp_path / "one", mirror, source="dicom")) == before
+    others = read_metadata(run_here(tmp_path / "other", mirror, source="dicom"))
+    assert not {row["patient_id"] for row in before} & {row["patient_id"] for row in others}
+    (tmp_path / "one" / "cache" / "salt").write_bytes(b"")
+    with pytest.raises(Refused, match="salt is not the key"):
+        pseudonyms.load_salt(tmp_path / "one" / "cache")
+
+
+@pytest.mark.parametrize("key", ["file_name", "StudyInstanceUID", "AccessionNumber"])
+def test_a_table_is_joined_by_what_it_has(key: str, tmp_path: Path) -> None:
+    films = dicom.list_films(Mirror(str(dicom_folder(tmp_path, table=f"{key},labels"))))
+    assert [film.findings for film in films] == [[], ["Edema", "Effusion"]] * 6
+    assert films[1].patient_id == "ID-0" and films[1].view == "PA" and "31-year-old woman" in films[1].text
+
+
+def headers(tmp_path: Path, **elements) -> object:
+    save(tmp_path, np.asarray(film(0)).astype(np.uint16), 12, "a.dcm", **elements)
+    (tmp_path / "t.csv").write_text("file_name,text\na.dcm,A film.\n")
+    (found,) = dicom.list_films(Mirror(str(tmp_path)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("elements", "known"),
+    [
+        ({"ViewPosition": "AP"}, {"view": "AP"}),
+        ({"ViewPosition": "LL"}, {"view": "LATERAL"}),
+        ({"PatientOrientation": ["L", "F"]}, {"view": "FRONTAL"}),
+        ({"PatientOrientation": ["P", "F"]}, {"view": "LATERAL"}),
+        ({}, {"view": "UNKNOWN", "age": None, "sex": None}),
+        ({"PatientAge": "011M"}, {"age": 0}),
+        ({"PatientBirthDate": "19500601", "StudyDate": "20200531"}, {"age": 69}),
+        ({"PatientSex": "O"}, {"sex": None}),
+        ({"Modality": "CT"}, {"fault": "modality CT"}),
+        ({"PatientID": ""}, {"patient_id": None}),
+    ],
+)
+def test_headers_are_read(elements: dict, known: dict, tmp_path: Path) -> None:
+    found = headers(tmp_path, **elements)
+    assert {name: getattr(found, name) for name in known} == known
+
+
+def test_reports_of_dicom_films_are_cleaned(tmp_path: Path) -> None:
+    save(tmp_path, np.asarray(film(0)).astype(np.uint16), 12, "a.dcm", ViewPosition="PA")
+    report = "FINDINGS: Small effusion, unchanged from prior. Heart size is normal.\nIMPRESSION: Small left effusion. Call Dr. XXXX."
+    write_table(tmp_path, [{"file_name": "a.dcm", "report": report}])
+    (found,) = dicom.list_films(Mirror(str(tmp_path)))
+    assert found.text == "PA chest radiograph. Small left effusion. Small effusion. Heart size is normal."
+
+
+def test_dicom_films_that_nothing_is_known_of_are_left_out_one_by_one(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans", 14)
+    save(mirror, np.asarray(film(50)).astype(np.uint16), 12, "IM9999")  # not in the table
+    save(
+        mirror / "Known, Somebody 0",
+        np.asarray(film(51)).astype(np.uint16),
+        12,
+        "IM0000",
+        PatientID="",
+        ViewPosition="PA",
+    )
+    whole = (mirror / "Known, Somebody 1" / "IM0003").read_bytes()
+    (mirror / "Known, Somebody 1" / "IM0003").write_bytes(whole[:200])  # nobody knows whose it was
+    data = run_here(tmp_path, mirror, source="dicom")
+    assert sorted(row["reason"] for row in read_jsonl(data / "rejected.jsonl")) == [
+        *("no patient id", "no patient id", "not in the table")
+    ]
+    assert len(read_metadata(data)) == 12
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,labels\nelsewhere.dcm,Edema\n", "no file_name is that of a DICOM file"),
+        ("number,labels\n1,Edema\n", "expected one of file_name, SOPInstanceUID"),
+        ("file_name,nothing\na.dcm,Edema\n", "and one of text, report"),
+        ("file_name,labels\na.dcm,Edema\na.dcm,Edema\n", "is there twice"),
+    ],
+)
+def test_tables_that_match_no_dicom_file_are_refused(table: str, message: str, tmp_path: Path) -> None:
+    save(tmp_path, np.asarray(film(0)).astype(np.uint16), 12, "a.dcm")
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(Refused, match=message):
+        dicom.list_films(Mirror(str(tmp_path)))
+
+
+def test_folders_without_dicom_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file_name,text\na.dcm,A film.\n")
+    (tmp_path / "a.dcm").write_text("no film")
+    with pytest.raises(Refused, match="holds no DICOM file"):
+        dicom.list_films(Mirror(str(tmp_path)))
+
+
+def test_a_header_that_declares_text_marks_the_film(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans")
+    pixels = np.asarray(film(0)).astype(np.uint16) * 16
+    elements = dict(PatientID="ID-0", PatientAge="030Y", ViewPosition="PA", BurnedInAnnotation="YES")
+    save(mirror / "Known, Somebody 0", pixels, 12, "IM0000", **elements)
+    data = run_here(tmp_path, mirror, source="dicom")
+    assert [row["burned_in_text"] for row in read_metadata(data)].count(True) == 1
+    assert json.loads((data / "dataset.json").read_text())["counts"]["burned_in_text"] == 1
+
+
+# Data sets of the Hugging Face hub, here in a folder as `datasets` writes it
+
+
+def hub_set(directory: Path, **columns) -> Path:
+    import datasets
+
+    rows = []
+    for number in range(12):
+        film(number).save(directory / "x.png") if directory.mkdir(parents=True, exist_ok=True) is None else None
+        picture = {"bytes": (directory / "x.png").read_bytes(), "path": f"{number}.jpg"}
+        rows.append({"image": picture, "report": f"FINDINGS:\nFilm {number} is clear.", "uid": number // 2, **columns})
+    (directory / "x.png").unlink()
+    features = datasets.Features(
+        {"image": datasets.Image(), "report": datasets.Value("string"), "uid": datasets.Value("int64")}
+        | {name: datasets.Value("string") for name in columns}
+    )
+    (directory / "data").mkdir()
+    for part in range(2):
+        rows_here = datasets.Dataset.from_list(rows[6 * part : 6 * part + 6], features=features)
+        rows_here.to_parquet(directory / "data" / f"train-{part:05d}-of-00002.parquet")
+    return directory
+
+
+def test_a_set_of_the_hub_becomes_a_data_folder(tmp_path: Path) -> None:
+    mirror = hub_set(tmp_path / "set")
+    data = run_here(tmp_path, mirror, "--accept_license", source="hf")
+    rows = read_metadata(data)
+    assert len(rows) == 12 and len({row["patient_id"] for row in rows}) == 6
+    assert rows[3]["text"] == "Chest radiograph. Film 3 is clear."
+    direct = run_here(tmp_path / "direct", folder_mirror(tmp_path / "films", 12))
+    for number in (0, 7, 11):
+        same = (data / f"images/train_{number:08d}.png").read_bytes() == (direct / f"images/{number}.png").read_bytes()
+        assert same
+
+
+def test_a_set_of_the_hub_goes_on_where_it_was(tmp_path: Path) -> None:
+    mirror = hub_set(tmp_path / "set")
+    data = run_here(tmp_path, mirror, "--accept_license", source="hf")
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    (data / "dataset.json").unlink()
+    for number in (5, 9):
+        (data / f"images/train_{number:08d}.png").unlink()
+    run_here(tmp_path, mirror, "--accept_license", source="hf")
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--caption_column", "words"], "--caption_column words: .* has columns image, report, uid"),
+        (["--image_column", "picture"], "say with --image_column"),
+        (["--split", "test"], "cannot be read"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(flags: list[str], message: str, tmp_path: Path) -> None:
+    mirror = hub_set(tmp_path / "set")
+    with pytest.raises(Refused, match=message):
+        run_here(tmp_path, mirror, "--accept_license", *flags, source="hf")
+
+
+# Columns, caps, and a second source
+
+
+def test_tables_may_have_other_names_for_their_columns(tmp_path: Path) -> None:
+    mirror = folder_mirror(tmp_path / "films")
+    reference = run_here(tmp_path / "reference", mirror)
+    names = {"file_name": "image", "text": "report", "patient_id": "mrn"}
+    rows = read_jsonl(mirror / "metadata.jsonl")
+    write_table(mirror, [{names[name]: value for name, value in row.items()} for row in rows])
+    flags = ("--image_column", "image", "--caption_column", "report", "--patient_column", "mrn")
+    assert_same_folder(reference, run_here(tmp_path, mirror, *flags))
+    with pytest.raises(Refused, match="lacks name, text; it has image, report, mrn"):
+        run_here(tmp_path / "other", mirror, "--image_column", "name")
+
+
+def test_at_most_so_many_films_of_a_patient_are_taken(tmp_path: Path) -> None:
+    data = run_here(tmp_path, nih_mirror(tmp_path / "nih"), "--max_films_per_patient", "1", source="nih")
+    assert [row["source_id"][-7:] for row in read_metadata(data)] == ["000.png"] * 12
+    assert {row["reason"] for row in read_jsonl(data / "rejected.jsonl")} == {"one more of its patient"}
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> tuple[Path, Path]:
+    """A data folder that holds the NIH films, and a mirror of other films, one of which is an NIH film."""
+    data = run_here(tmp_path, nih_mirror(tmp_path / "nih"), source="nih")
+    mirror = folder_mirror(tmp_path / "films", 10)
+    for number in range(10):
+        film(100 + number).save(mirror / f"{number}.png")
+    film(7).save(mirror / "4.png", compress_level=1)
+    return data, mirror
+
+
+def test_a_second_source_is_folded_together_with_the_first(two_sources: tuple[Path, Path], tmp_path: Path) -> None:
+    data, mirror = two_sources
+    alone = {row["file_name"]: row for row in read_metadata(data)}
+    run_here(tmp_path, mirror, "--add")
+    rows = {row["file_name"]: row for row in read_metadata(data)}
+    assert len(rows) == 34 and set(alone) < set(rows)
+    assert {row["source"] for row in rows.values()} == {"nih", "folder"}
+    copy, original = rows["images/folder_4.png"], rows["images/00000003_001.png"]
+    assert copy["group"] == original["group"] and copy["fold"] == original["fold"]
+    assert len({row["fold"] for row in rows.values()}) == 5
+    record = json.loads((data / "dataset.json").read_text())
+    assert [part["name"] for part in record["sources"]] == ["nih", "folder"]
+    assert record["counts"]["kept"] == 34 and record["counts"]["duplicates_across_patients"] == 1
+    assert download.check_dataset(data) == []
+    # Again: nothing changes. A third source: another folder of films
+    before = (data / "metadata.jsonl").read_bytes()
+    run_here(tmp_path, mirror, "--add")
+    assert (data / "metadata.jsonl").read_bytes() == before
+    more = folder_mirror(tmp_path / "more", 6, sex="M")
+    for number in range(6):
+        film(200 + number).save(more / f"{number}.png")
+    run_here(tmp_path, more, "--add")
+    assert {row["source"] for row in read_metadata(data)} == {"nih", "folder", "folder2"}
+    assert download.check_dataset(data) == []
+
+
+def test_an_addition_that_was_interrupted_goes_on(two_sources: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    data, mirror = two_sources
+    write, left = download.write_bytes, iter(range(4))
+
+    def stop_after_four(path: Path, content: bytes) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(download, "write_bytes", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(tmp_path, mirror, "--add")
+    monkeypatch.undo()
+    assert len(read_metadata(data)) == 24  # still the set that it was
+    run_here(tmp_path, mirror, "--add")
+    assert len(read_metadata(data)) == 34 and download.check_dataset(data) == []
+
+
+def test_what_cannot_be_folded_together_is_refused(two_sources: tuple[Path, Path], tmp_path: Path) -> None:
+    data, mirror = two_sources
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    with pytest.raises(Refused, match="made with --seed 0, not 1"):
+        run_here(tmp_path, mirror, "--add", "--seed", "1")
+    with pytest.raises(Refused, match="resolution 64, not 128"):
+        download.main(download.parse_args(
+            ["--mirror", str(mirror), "--source", "folder", "--add", "--resolution", "128", "--output_dir", str(data)]
+        ))  # fmt: skip
+    with pytest.raises(Refused, match="holds this nih table already"):
+        run_here(tmp_path, tmp_path / "nih", "--add", source="nih")
+    with pytest.raises(Refused, match="holds no finished set to add to"):
+        run_here(tmp_path / "empty", mirror, "--add")
+    with pytest.raises(Refused, match="source nih, not folder"):
+        run_here(tmp_path, mirror)
+    write_table(mirror, [{"file_name": f"{n}.png", "text": "A film."} for n in range(10)])
+    with pytest.raises(Refused, match="has no patient_id but others have"):
+        run_here(tmp_path, mirror, "--add")
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+
+
+def test_the_report_shows_the_set(tmp_path: Path) -> None:
+    mirror = nih_mirror(tmp_path / "nih")
+    Image.new("L", (80, 80)).save(mirror / "images" / "00000001_000.png")
+    data = run_here(tmp_path, mirror, source="nih")
+    page = (data / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    for text in ("nih: 23 films", "blank 1", "Edema 15", "PA 23", "40 to 63, median", "Not for diagnosis"):
+        assert text in page, text
+    assert str(tmp_path) not in page
