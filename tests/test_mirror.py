@@ -94,6 +94,14 @@ def test_films_come_out_of_a_zip_at_an_address(
     assert ("the whole is downloaded first" in capsys.readouterr().out) is not gives_ranges
 
 
+def test_films_of_a_zip_are_known_by_path_or_else_by_name(tmp_path: Path) -> None:
+    content = pack({"masks/a.png": b"mask", "films/a.png": b"film", "b.png": b"other"})
+    wanted = {path: tmp_path / path for path in ("films/a.png", "12/b.png", "12/c.png")}
+    archive = Archive("a.zip", lambda: io.BytesIO(content), wanted, films_of_zip)
+    assert list(films_of_zip(archive)) == ["films/a.png", "12/b.png"]
+    assert wanted["films/a.png"].read_bytes() == b"film" and wanted["12/b.png"].read_bytes() == b"other"
+
+
 def test_a_zip_that_is_none_or_not_there_is_told_apart(tmp_path: Path) -> None:
     mirror = Mirror(str(tmp_path))
     assert mirror.open_zip("a.zip") is None

@@ -257,6 +257,28 @@ def test_padchest_labels_stand_where_they_are() -> None:
     assert films[3].text == "" and films[4].fault == "excluded by its owner" and films[4].patient_id is None
 
 
+@pytest.mark.parametrize("place", ["12/a.png", "images/12/a.png", "images/a.png", None])
+def test_padchest_films_are_found_where_they_were_unpacked(place: str | None, tmp_path: Path) -> None:
+    header = (
+        "ImageID,ImageDir,StudyDate_DICOM,PatientID,PatientBirth,PatientSex_DICOM,Projection,Labels,"
+        "LabelsLocalizationsBySentence"
+    )
+    rows = [f"""{n}.png,12,20140915,{n},1930.0,F,PA,"['normal']",[]""" for n in ("a", *range(6))]
+    (tmp_path / padchest.TABLE).write_bytes(csv(header, *rows))
+    if place is None:
+        with zipfile.ZipFile(tmp_path / "12.zip", "w") as plain:
+            for number, name in enumerate(("a", *range(6))):
+                film(number).save(tmp_path / "x.png")
+                plain.write(tmp_path / "x.png", f"{name}.png")
+    else:
+        for number, name in enumerate(("a", *range(6))):
+            path = tmp_path / place.replace("a.png", f"{name}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            film(number).save(path)
+    data = run_here(tmp_path / "run", tmp_path, "--accept_license", source="padchest")
+    assert len(read_jsonl(data / "metadata.jsonl")) == 7
+
+
 def test_vindr_counts_what_two_of_three_radiologists_saw() -> None:
     rows = [f"{image},{rad},{e},{n}" for image, votes in {"aa": "110", "bb": "100", "cc": "000"}.items()
             for rad, (e, n) in enumerate([(vote, 1 if image == "cc" else 0) for vote in votes])]  # fmt: skip

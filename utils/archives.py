@@ -220,14 +220,19 @@ def refusing(name: str) -> Iterator[None]:
 def films_of_zip(archive: Archive) -> Iterator[str]:
     """Put the wanted films of a zip where they go, in the order they lie in it, and yield the path of each.
 
+    A member is known by its path, or where there is none of that path by its plain file name.
+
     Raises:
         Refused: where the archive does not come, is none, is damaged, or has a member that is too large for a film.
     """
     with refusing(archive.name), closing(archive.open()) as file, Zip(file, archive.name) as plain:
-        members = {member.filename: member for member in plain.infolist() if member.filename in archive.wanted}
-        for member in sorted(members.values(), key=lambda member: member.header_offset):
-            write_bytes(archive.wanted[member.filename], plain.read(member))
-            yield member.filename
+        by_path = {member.filename: member for member in plain.infolist()}
+        by_name = {PurePosixPath(path).name: member for path, member in by_path.items()}
+        found = {path: by_path.get(path) or by_name.get(PurePosixPath(path).name) for path in archive.wanted}
+        films = [(member.header_offset, path, member) for path, member in found.items() if member is not None]
+        for _, path, member in sorted(films, key=lambda film: film[:2]):
+            write_bytes(archive.wanted[path], plain.read(member))
+            yield path
 
 
 def gunzip(name: str, content: bytes) -> bytes:

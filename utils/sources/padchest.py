@@ -35,8 +35,8 @@ def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of the table, in its order.
 
     Args:
-        mirror: a folder with the table (packed or not), and the films in `0.zip` and so on, unpacked in `0/` and so on,
-            or all in `images/`.
+        mirror: a folder with the table (packed or not), and the films in `0.zip` and so on, unpacked in `0/` and so on
+            or `images/0/` and so on, or all in `images/`.
 
     Raises:
         Refused: without the table, or for one that cannot be used.
@@ -46,12 +46,16 @@ def list_films(mirror: Mirror) -> list[Film]:
     if content is None and packed is None:
         raise Refused(f"--mirror {mirror.place} holds no {TABLE} or {TABLE}.gz; expected it beside the films")
     content = gunzip(TABLE, packed) if content is None else content
-    together = not mirror.is_remote and mirror.path("images").is_dir()
-    return [film_of(row, together) for row in parse_table(TABLE, content, COLUMNS)]
+    rows = parse_table(TABLE, content, COLUMNS)
+    layouts = ("images/{ImageID}", "images/{ImageDir}/{ImageID}", "{ImageDir}/{ImageID}")
+    there = (layout for row in rows for layout in layouts if mirror.path(layout.format(**row)).is_file())
+    unpacked = mirror.path("images").is_dir()
+    layout = next(there, layouts[-1]) if unpacked else layouts[-1]
+    return [film_of(row, layout) for row in rows]
 
 
-def film_of(row: dict[str, str], together: bool) -> Film:
-    """Return what one line of the table says."""
+def film_of(row: dict[str, str], layout: str) -> Film:
+    """Return what one line of the table says; `layout` is where films lie unpacked."""
     name, folder = row["ImageID"], row["ImageDir"]
     fault = path_fault(f"{folder}/{name}")
     if fault or "/" in name or not folder.isdecimal():
@@ -64,7 +68,7 @@ def film_of(row: dict[str, str], together: bool) -> Film:
     sentences = [caption(view, age, sex, None if groups else [], name), *map(sentence, groups)]
     return Film(
         source_id=name,
-        path=f"images/{name}" if together else f"{folder}/{name}",
+        path=layout.format(**row),
         file_name=f"images/{name.rpartition('.')[0] or name}.png",
         text=" ".join(dict.fromkeys(sentences)) if is_known else "",
         patient_id=f"padchest-{row['PatientID']}" if row["PatientID"] not in ("", "nan") else None,
@@ -72,7 +76,7 @@ def film_of(row: dict[str, str], together: bool) -> Film:
         view=view,
         age=age,
         sex=sex,
-        archive=None if together else f"{folder}.zip",
+        archive=f"{folder}.zip",
         fault="excluded by its owner" if excluded or row["Projection"] == "EXCLUDE" else None,
     )
 

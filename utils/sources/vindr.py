@@ -9,7 +9,7 @@ from utils.mirror import Mirror
 from utils.refusal import Refused
 
 NAME = "vindr"
-COUNT, SIZE, TEXT = "18,000", "200 GB", "labels"
+COUNT, SIZE, TEXT = "18,000", "150 GB", "labels"
 LICENSE = "PhysioNet Credentialed Health Data License 1.5.0"
 RESTRICTED = True
 TERMS = """\
