@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from utils.archives import Archive, Unpacker, films_of_tar, films_of_zip
 from utils.check import check_dataset
-from utils.fetch import Arriving, NotFetched, check_mirror, fetch_file, is_address, open_client
+from utils.fetch import Arriving, Damaged, NotFetched, check_mirror, fetch_file, is_address, open_client
 from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, write_bytes, write_json, write_jsonl
 from utils.films import (
     PREPROCESSING,
@@ -440,7 +440,7 @@ def archives_of(films: Iterable[Film], mirror: Mirror, md5s: dict[str, str], sto
     films, archives = list(films), []
     for name in sorted({film.archive for film in films}):
         wanted = {film.path: mirror.raw_dir / film.path for film in films if film.archive == name}
-        called = mirror.address(name) if mirror.is_remote else str(mirror.path(name))
+        called = mirror.called(name)
         if name.endswith(".zip"):
             archives.append(Archive(called, partial(mirror.open, name, stop), wanted, films_of_zip))
         elif mirror.is_remote:
@@ -530,9 +530,17 @@ def make_films(
 
     single = [film for film in wanted if raws[film.file_name].path not in packed]
     tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
-    with raw_lock, closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
-        yield from finished
-        unpacker.finish()
+    try:
+        with raw_lock, closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
+            yield from finished
+            unpacker.finish()
+    except Damaged:
+        for (
+            film
+        ) in wanted:  # the next run is to make these again, also those that came out well as far as anybody can tell
+            if film.archive is not None and mirror.called(film.archive) == unpacker.damaged:
+                (args.output_dir / film.file_name).unlink(missing_ok=True)
+        raise
 
 
 def fetch_and_prepare(

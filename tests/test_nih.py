@@ -80,3 +80,6 @@ def test_an_archive_with_other_bytes_than_published_is_refused(
     assert "published as 000" in capsys.readouterr().err
     assert not (tmp_path / "data" / "metadata.jsonl").exists()
     assert not list((tmp_path / "cache").rglob("images_002.tar.gz*"))
+    # Nor is any film of it believed later on; the ten of the first archive are
+    films = sorted((tmp_path / "unpacked" / "images").iterdir())
+    assert {path.name for path in (tmp_path / "data" / "images").iterdir()} == {film.name for film in films[:10]}

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from queue import Empty, Full, Queue
 from typing import IO, Protocol
 
-from utils.fetch import MAX_FILM_BYTES, MAX_TABLE_BYTES, Arriving, NotFetched, Stopped
+from utils.fetch import MAX_FILM_BYTES, MAX_TABLE_BYTES, Arriving, Damaged, NotFetched, Stopped
 from utils.files import write_bytes
 from utils.refusal import Refused
 
@@ -62,6 +62,9 @@ class Unpacker:
     """Takes films out of archives, one archive after another, in a thread of its own, and hands them over as they come.
 
     It rests while MAX_WAITING films are not taken, so that neither the disk nor the network runs ahead of the decoder.
+
+    Attributes:
+        damaged: name of an archive that turned out not to be what was published, None where none did.
     """
 
     def __init__(self, archives: Sequence[Archive], stop: threading.Event):
@@ -69,6 +72,7 @@ class Unpacker:
         self._archives, self._stop = archives, stop
         self._taken_out: Queue[tuple[Path, bool]] = Queue(MAX_WAITING)
         self._failure: BaseException | None = None
+        self.damaged: str | None = None
         self._thread = threading.Thread(target=self._work, name="unpacking", daemon=True)
         self._thread.start()
 
@@ -95,14 +99,16 @@ class Unpacker:
             raise self._failure
 
     def _work(self) -> None:
+        name = None
         try:
             for archive in self._archives:
-                missing = dict(archive.wanted)
+                name, missing = archive.name, dict(archive.wanted)
                 for member in archive.take_out(archive):
                     self._hand_over(missing.pop(member), True)
                 for path in missing.values():
                     self._hand_over(path, False)
         except BaseException as error:  # for whoever takes the next film
+            self.damaged = name if isinstance(error, Damaged) else None
             self._failure = error
 
     def _hand_over(self, path: Path, found: bool) -> None:
@@ -173,7 +179,7 @@ def films_of_tar(archive: Archive) -> Iterator[str]:
                 remedy = "what had come of it was deleted, run this again"
             else:
                 remedy = "put a whole one in its place"
-            raise Refused(f"{archive.name} cannot be unpacked ({error}); {remedy}") from error
+            raise Damaged(f"{archive.name} cannot be unpacked ({error}); {remedy}") from error
 
 
 class Zip(zipfile.ZipFile):
@@ -214,7 +220,7 @@ def refusing(name: str) -> Iterator[None]:
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which says that a place lies before the file
             raise
-        raise Refused(f"{name} cannot be unpacked ({error}); fetch it again") from error
+        raise Damaged(f"{name} cannot be unpacked ({error}); fetch it again") from error
 
 
 def films_of_zip(archive: Archive) -> Iterator[str]:

@@ -31,6 +31,10 @@ class NotFetched(Exception):
     """A file the mirror does not give; the message is the reason, in words that can be counted."""
 
 
+class Damaged(Refused):
+    """A file that came, and is not what was published: what was taken out of it may be wrong as well."""
+
+
 class Stopped(Exception):
     """The run is ending; nobody waits for this file any more."""
 
@@ -253,7 +257,7 @@ class Arriving:
             check_whole(self.part, None, self.total, None)
             if self.md5 is not None and (found := md5_file(self.part)) != self.md5:
                 self.part.unlink()
-                raise Refused(
+                raise Damaged(
                     f"{self.address}: MD5 {found}, published as {self.md5}; the file was deleted, run this again"
                 ) from None
             self.part.replace(self.path)

@@ -61,6 +61,10 @@ class Mirror:
         """Return the address of a file."""
         return self.addresses.get(name) or f"{self.place}/{quote(name)}"
 
+    def called(self, name: str) -> str:
+        """Return what a file is called in messages: where it lies."""
+        return self.address(name) if self.is_remote else str(self.path(name))
+
     def read(self, name: str) -> bytes | None:
         """Return a small file as bytes, None where there is no such file.
 
