@@ -15,7 +15,7 @@ MAX_HASH_DISTANCE = 4  # bits of 64; films saved again differ in 3 at most, of u
 MIN_CORRELATION = 0.99
 MAX_MERGED_SHARE = 0.05  # of the set, in one group of several patients
 SMALL_SET = 100  # films below which a single pair is already a large share
-HASHES_PER_BLOCK = 512
+HASHES_PER_BLOCK = 64
 MOST_STRATA = 32
 
 
