@@ -41,7 +41,16 @@ from tqdm import tqdm
 from utils.archives import Archive, Unpacker, films_of_tar, films_of_zip
 from utils.check import check_dataset
 from utils.fetch import Arriving, Damaged, NotFetched, check_mirror, fetch_file, is_address, open_client
-from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, write_bytes, write_json, write_jsonl
+from utils.files import (
+    append_jsonl,
+    canonical_json,
+    hold_lock,
+    read_jsonl,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_jsonl,
+)
 from utils.films import (
     PREPROCESSING,
     UNKNOWN_VIEW,
@@ -57,7 +66,7 @@ from utils.journal import claim_folder, is_finished, journal_path, lock_journal,
 from utils.metadata import dataset_hash, load_rows
 from utils.mirror import Mirror
 from utils.overview import overview_page, summary_lines
-from utils.pseudonyms import pseudonymised
+from utils.pseudonyms import load_salt, pseudonym, pseudonymised
 from utils.refusal import ArgumentParser, Refused, run
 from utils.sources import (
     chexpert,
@@ -160,10 +169,10 @@ def main(args: argparse.Namespace) -> int:
         # What there is: the table of the source, before any film
         mirror = open_mirror(args, source, client)
         films = source.list_films(mirror)
-        if getattr(source, "IDENTIFYING", False):
-            films = pseudonymised(films, args.cache_dir, mirror.raw_dir)
-        table_hash = hashlib.sha256(canonical_json([film.described() for film in films]).encode()).hexdigest()
-        this = {"source": source.NAME, "table_sha256": table_hash, "limit": args.limit}
+        salt = load_salt(args.cache_dir) if getattr(source, "IDENTIFYING", False) else None
+        if salt is not None:
+            films = pseudonymised(films, salt, mirror.raw_dir)
+        this = part_of(source, films, args.limit, salt)
         earlier = earlier_sources(held, this) if args.add else []
         name = unused_name(source.NAME, {part["name"] for part in earlier})
         if earlier:
@@ -174,6 +183,7 @@ def main(args: argparse.Namespace) -> int:
             held_rows(args.output_dir / table, earlier) for table in ("metadata.jsonl", "rejected.jsonl")
         )
         check_films(wanted, others, settings["num_folds"])
+        check_others(others, args.output_dir)
 
         # What there is already: films that an earlier run has finished in the same way
         asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
@@ -203,6 +213,8 @@ def main(args: argparse.Namespace) -> int:
             )
             raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
         rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
+        rows, copies = without_copies(rows)
+        rejected += copies
         hashes = {noted["file_name"]: noted["dhash"] for noted in (*done.values(), *results.values())}
         rows, num_duplicates = deal_out(rows, hashes, args.output_dir, settings["num_folds"], settings["seed"])
         terms = {"license": source.LICENSE, "terms": source.TERMS, "terms_accepted": args.accept_license}
@@ -214,10 +226,11 @@ def main(args: argparse.Namespace) -> int:
         }
 
         # Write dataset.json last: where it lies, the set is whole
+        report = overview_page(args.output_dir, record, rows)
         remove_others(args.output_dir, journal, rows)
         write_jsonl(args.output_dir / "rejected.jsonl", rejected)
         write_jsonl(args.output_dir / "metadata.jsonl", rows)
-        write_bytes(args.output_dir / "report.html", overview_page(args.output_dir, record, rows).encode())
+        write_bytes(args.output_dir / "report.html", report.encode())
         write_json(args.output_dir / "dataset.json", record)
         print(
             "\n".join(
@@ -290,10 +303,28 @@ def settle(args: argparse.Namespace, source: ModuleType, held: dict | None) -> d
     return held["settings"]
 
 
+def part_of(source: ModuleType, films: list[Film], limit: int | None, salt: bytes | None) -> dict:
+    """Return what `dataset.json` says of a source before its films are there; the same films give the same.
+
+    Of films whose names are pseudonyms the hash needs their key, too: without it, names could be tried until they fit.
+    """
+    table = canonical_json([film.described() for film in films]).encode()
+    if salt is None:
+        return {"source": source.NAME, "table_sha256": hashlib.sha256(table).hexdigest(), "limit": limit}
+    part = {"source": source.NAME, "table_sha256": hashlib.sha256(salt + table).hexdigest(), "limit": limit}
+    return {**part, "key": pseudonym(salt, "key", "")}
+
+
 def earlier_sources(held: dict, this: dict) -> list[dict]:
     """Return the sources of a set before another one was, or is now to be, added."""
+    keys = {part["key"] for part in [*held["sources"], this] if "key" in part}
+    if len(keys) > 1:
+        raise Refused(
+            "--add: the patients of this set have pseudonyms of another key, so that one who is in both could not be known "
+            "again; use the --cache_dir that it was made with"
+        )
     for place, part in enumerate(held["sources"]):
-        if all(part[key] == value for key, value in this.items()):
+        if all(part.get(key) == value for key, value in this.items()):
             if place == 0 or place + 1 < len(held["sources"]):
                 raise Refused(f"--add: the set holds this {part['source']} table already; leave --add out")
             return held["sources"][:place]
@@ -313,7 +344,12 @@ def in_company(film: Film, name: str) -> Film:
 def held_rows(table: Path, sources: Iterable[dict]) -> list[dict]:
     """Return the rows of some sources in a table of the set that is there."""
     names = {part["name"] for part in sources}
-    return [row for row in read_jsonl(table) if row["source"] in names] if names else []
+    if not names:
+        return []
+    try:
+        return [row for row in read_jsonl(table) if row["source"] in names]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise Refused(f"--add: {table} is not as download.py wrote it; see --check, or make the set anew") from None
 
 
 def open_mirror(args: argparse.Namespace, source: ModuleType, client: httpx.Client) -> Mirror:
@@ -347,6 +383,8 @@ def check_settings(args: argparse.Namespace) -> None:
         if not there.is_dir():
             raise Refused(f"--{name} {directory}: {there} is a file; expected a folder")
     output_dir = args.output_dir.resolve()
+    if output_dir in (args.cache_dir.resolve(), *args.cache_dir.resolve().parents):
+        raise Refused(f"--cache_dir {args.cache_dir} lies in --output_dir {args.output_dir}; name a folder outside it")
     if args.mirror is not None and not is_address(args.mirror):
         mirror = Path(args.mirror).expanduser().resolve()
         if mirror == output_dir or output_dir in mirror.parents:
@@ -392,12 +430,41 @@ def check_films(films: list[Film], others: list[dict], num_folds: int) -> None:
     if patients == {None}:
         return
     if None in patients:
-        nameless = next(film.source_id for film in films if film.patient_id is None)
+        ids = ((film.source_id, film.patient_id) for film in films)
+        nameless = next(
+            id for id, patient in [*ids, *((r["source_id"], r["patient_id"]) for r in others)] if not patient
+        )
         raise Refused(f"{nameless} has no patient_id but others have; give one to every film or to none")
     if len(patients) < num_folds:
         raise Refused(
             f"{len(patients)} patients cannot fill {num_folds} folds; use more films or a smaller --num_folds"
         )
+
+
+def check_others(others: list[dict], output_dir: Path) -> None:
+    """Refuse to add to a set whose films are not as download.py wrote them."""
+    for row in others:
+        path = output_dir / row["file_name"]
+        if not path.is_file() or sha256_file(path) != row["sha256"]:
+            raise Refused(f"--add: {path} is not as download.py wrote it; see --check, or make the set anew")
+
+
+def without_copies(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return the rows without films that a patient has already, and a row of `rejected.jsonl` for each of those.
+
+    Copies of a film under two patients are kept: they tie the patients together, see `deal_out`.
+    """
+    first, kept, copies = set(), [], []
+    for row in rows:
+        film = (row["patient_id"] or row["file_name"], row["sha256"])
+        if film in first:
+            copies.append(
+                {"source": row["source"], "source_id": row["source_id"], "reason": "copy of a film of its patient"}
+            )
+        else:
+            kept.append(row)
+        first.add(film)
+    return kept, copies
 
 
 @dataclass(frozen=True)
@@ -494,6 +561,13 @@ def make_films(
         raw = raws[film.file_name]
         if raw.is_packed or is_there(film):
             return film, None
+        if (
+            not mirror.is_remote
+            and film.sha256 is not None
+            and raw.path.is_file()
+            and sha256_file(raw.path) != film.sha256
+        ):
+            return film, NotFetched("wrong SHA-256")
         if not mirror.is_remote or raw.path.is_file():
             return film, raw.path if raw.path.is_file() else NotFetched("not found")
         try:
@@ -513,7 +587,7 @@ def make_films(
             return done[film.file_name]
         raw = raws[film.file_name]
         try:
-            png, noted = prepare_film(path, resolution)
+            png, noted = prepare_film(path, resolution, bool(film.is_prepared))
         except UnusableFilm as fault:
             if mirror.is_remote and not raw.is_packed and film.sha256 is None and str(fault) in DAMAGED:
                 path.unlink()

@@ -191,10 +191,10 @@ def bordered(grey: np.ndarray, left: int, top: int, right: int, bottom: int, lev
 def test_borders_are_cut_off_and_the_film_is_not(level):
     grey = film_pixels()
     side = len(grey)
-    assert films.find_borders(bordered(grey, 20, 20, 20, 20, level), 64) == (20, 20, 20, 20)
-    assert films.find_borders(grey, 64) == (0, 0, 0, 0)
+    assert films.find_borders(bordered(grey, 20, 20, 20, 20, level)) == (20, 20, 20, 20)
+    assert films.find_borders(grey) == (0, 0, 0, 0)
     # Of what lies on two sides alone nothing goes: the rest would not be square, and the film itself would be cut
-    assert films.find_borders(bordered(grey, 20, 0, 20, 0, level)[:, :side], 64)[1::2] == (0, 0)
+    assert films.find_borders(bordered(grey, 20, 0, 20, 0, level)[:, :side])[1::2] == (0, 0)
     cut = films.without_borders(bordered(grey, 30, 10, 10, 20, level), (30, 10, 10, 20))
     np.testing.assert_array_equal(cut, grey)
 
@@ -202,7 +202,7 @@ def test_borders_are_cut_off_and_the_film_is_not(level):
 def test_of_a_border_as_much_stays_as_makes_the_film_square():
     wide = film_pixels()[: len(film_pixels()) * 3 // 4]
     height, width = wide.shape
-    left, top, right, bottom = films.find_borders(bordered(wide, 16, 30, 16, 30), 64)
+    left, top, right, bottom = films.find_borders(bordered(wide, 16, 30, 16, 30))
     assert (left, right) == (16, 16)
     assert height + 60 - top - bottom == width
     square, geometry = films.to_square(
@@ -214,12 +214,25 @@ def test_of_a_border_as_much_stays_as_makes_the_film_square():
 def test_a_marker_in_the_border_keeps_its_place():
     film = bordered(film_pixels(), 20, 20, 20, 20)
     film[4:14, 4:12] = 255
-    assert max(films.find_borders(film, 64)[:2]) <= 4
+    assert max(films.find_borders(film)[:2]) <= 4
 
 
-def test_a_film_of_the_right_size_keeps_its_padding():
-    square, _ = films.to_square(film_pixels()[:40], 128)
-    assert films.find_borders(square, 128) == (0, 0, 0, 0)
+def test_a_film_that_was_prepared_before_keeps_its_padding(tmp_path):
+    square, _ = films.to_square(film_pixels()[:40, :80], 128)
+    path = saved(tmp_path, Image.fromarray(bordered(square, 20, 20, 20, 20)))
+    assert prepare_film(path, 128)[1]["borders"] != [0, 0, 0, 0]
+    assert prepare_film(path, 128, is_prepared=True)[1]["borders"] == [0, 0, 0, 0]
+
+
+def test_borders_of_a_film_with_few_grey_levels_are_not_taken_for_wider_than_they_are():
+    """In a film of 16 levels any line of lung is even within six of them."""
+    grey = film_pixels() // 16
+    assert films.find_borders(grey) == (0, 0, 0, 0)
+    assert films.find_borders(np.pad(grey, 20)) == (20, 20, 20, 20)
+
+
+def test_no_border_is_cut_off_that_leaves_too_little():
+    assert films.find_borders(np.pad(film_pixels(40, 40), 30)) == (0, 0, 0, 0)
 
 
 def write_on(grey: np.ndarray, text: str, at: tuple[int, int], size: int = 24) -> np.ndarray:

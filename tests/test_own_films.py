@@ -12,11 +12,11 @@ import download
 from tests.test_dicom import save
 from tests.test_download import assert_same_folder, film, folder_mirror, nih_mirror, run_here, write_table
 from utils import pseudonyms
-from utils.files import read_jsonl
+from utils.files import read_jsonl, sha256_file
 from utils.metadata import read_metadata
 from utils.mirror import Mirror
 from utils.refusal import Refused
-from utils.sources import dicom
+from utils.sources import dicom, folder, hf
 
 NAME = "Somebody^Known"
 
@@ -76,7 +76,7 @@ def test_pseudonyms_last_as_long_as_their_key(tmp_path: Path) -> None:
 def test_a_table_is_joined_by_what_it_has(key: str, tmp_path: Path) -> None:
     films = dicom.list_films(Mirror(str(dicom_folder(tmp_path, table=f"{key},labels"))))
     assert [film.findings for film in films] == [[], ["Edema", "Effusion"]] * 6
-    assert films[1].patient_id == "ID-0" and films[1].view == "PA" and "31-year-old woman" in films[1].text
+    assert films[1].patient_id == "id-0" and films[1].view == "PA" and "31-year-old woman" in films[1].text
 
 
 def headers(tmp_path: Path, **elements) -> object:
@@ -128,19 +128,85 @@ def test_dicom_films_that_nothing_is_known_of_are_left_out_one_by_one(tmp_path: 
     whole = (mirror / "Known, Somebody 1" / "IM0003").read_bytes()
     (mirror / "Known, Somebody 1" / "IM0003").write_bytes(whole[:200])  # nobody knows whose it was
     data = run_here(tmp_path, mirror, source="dicom")
-    assert sorted(row["reason"] for row in read_jsonl(data / "rejected.jsonl")) == [
-        *("no patient id", "no patient id", "not in the table")
-    ]
+    (mirror / "Known, Somebody 2" / "IM0004").unlink()  # the table still has it
+    data = run_here(tmp_path, mirror, "--overwrite", source="dicom")
+    reasons = ["no patient id", "no patient id", "not found", "not in the table"]
+    rejected = read_jsonl(data / "rejected.jsonl")
+    assert sorted(row["reason"] for row in rejected) == reasons
+    assert not any("IM" in row["source_id"] for row in rejected)
+    assert len(read_metadata(data)) == 11
+
+
+def test_films_without_the_element_that_the_table_is_joined_by_take_no_words_of_others(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path, table="AccessionNumber,labels")
+    save(mirror, np.asarray(film(60)).astype(np.uint16), 12, "x.dcm", PatientID="ID-0", AccessionNumber="")
+    (found,) = (found for found in dicom.list_films(Mirror(str(mirror))) if found.path == "x.dcm")
+    assert found.text == "" and found.fault == "not in the table"
+
+
+def test_a_copy_of_a_film_is_taken_once(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans")
+    folder = mirror / "Known, Somebody 0"
+    (folder / "copy").write_bytes((folder / "IM0000").read_bytes())
+    with open(mirror / "labels.csv", "a") as table:
+        table.write('"Known, Somebody 0/copy",No Finding\n')
+    data = run_here(tmp_path, mirror, source="dicom")
     assert len(read_metadata(data)) == 12
+    assert [row["reason"] for row in read_jsonl(data / "rejected.jsonl")] == ["copy of a film of its patient"]
+    assert download.check_dataset(data) == []
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    mirror = dicom_folder(tmp_path / "scans")
+    (mirror / "round").symlink_to(mirror)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    save(outside, np.asarray(film(70)).astype(np.uint16), 12, "y.dcm", PatientID="ID-0")
+    (mirror / "linked").symlink_to(outside)
+    paths = [found.path for found in dicom.list_films(Mirror(str(mirror)))]
+    assert "linked/y.dcm" in paths and len(paths) == 13
+
+
+def test_other_words_of_a_header_stay_in_it(tmp_path: Path) -> None:
+    found = headers(tmp_path, Modality="DOE JOHN")
+    assert found.fault == "modality not known"
+    assert headers(tmp_path, PatientAge="097Y").age == 90
+
+
+def test_the_key_never_lies_in_the_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="--cache_dir .* lies in --output_dir"):
+        run_here(
+            tmp_path, dicom_folder(tmp_path / "scans"), "--cache_dir", str(tmp_path / "data" / "cache"), source="dicom"
+        )
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_second_delivery_needs_the_key_of_the_first(tmp_path: Path) -> None:
+    """Else a patient who is in both would be two, one on each side of a split."""
+    first = dicom_folder(tmp_path / "scans")
+    data = run_here(tmp_path, first, source="dicom")
+    second = dicom_folder(tmp_path / "more")
+    for number in range(12):
+        path = second / f"Known, Somebody {number // 2}"
+        elements = dict(PatientID=f"ID-{number // 2}", PatientSex="F", ViewPosition="PA")
+        save(path, np.asarray(film(300 + number)).astype(np.uint16) * 16, 12, f"IM{number:04d}", **elements)
+    with pytest.raises(Refused, match="pseudonyms of another key"):
+        run_here(tmp_path, second, "--add", "--cache_dir", str(tmp_path / "other"), source="dicom")
+    run_here(tmp_path, second, "--add", source="dicom")
+    rows = read_metadata(data)
+    assert len(rows) == 24 and len({row["patient_id"] for row in rows}) == 6
+    assert len({(row["patient_id"], row["fold"]) for row in rows}) == 6
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("file_name,labels\nelsewhere.dcm,Edema\n", "no file_name is that of a DICOM file"),
+        ("file_name,labels\nelsewhere.dcm,Edema\n", "no file_name of the table is that of a DICOM file"),
         ("number,labels\n1,Edema\n", "expected one of file_name, SOPInstanceUID"),
         ("file_name,nothing\na.dcm,Edema\n", "and one of text, report"),
         ("file_name,labels\na.dcm,Edema\na.dcm,Edema\n", "is there twice"),
+        ("AccessionNumber,labels\n,Edema\n", "row 1: no AccessionNumber"),
+        ("file_name,labels,patient_id\na.dcm,Edema,\n", "has no patient_id; give one to every film"),
     ],
 )
 def test_tables_that_match_no_dicom_file_are_refused(table: str, message: str, tmp_path: Path) -> None:
@@ -192,7 +258,7 @@ def hub_set(directory: Path, **columns) -> Path:
 
 def test_a_set_of_the_hub_becomes_a_data_folder(tmp_path: Path) -> None:
     mirror = hub_set(tmp_path / "set")
-    data = run_here(tmp_path, mirror, "--accept_license", source="hf")
+    data = run_here(tmp_path, mirror, "--accept_license", "--patient_column", "uid", source="hf")
     rows = read_metadata(data)
     assert len(rows) == 12 and len({row["patient_id"] for row in rows}) == 6
     assert rows[3]["text"] == "Chest radiograph. Film 3 is clear."
@@ -219,12 +285,24 @@ def test_a_set_of_the_hub_goes_on_where_it_was(tmp_path: Path) -> None:
         (["--caption_column", "words"], "--caption_column words: .* has columns image, report, uid"),
         (["--image_column", "picture"], "say with --image_column"),
         (["--split", "test"], "cannot be read"),
+        (["--image_column", "report"], "with pictures: image; say with --image_column"),
+        (["--caption_column", "image"], "expected text"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(flags: list[str], message: str, tmp_path: Path) -> None:
     mirror = hub_set(tmp_path / "set")
     with pytest.raises(Refused, match=message):
         run_here(tmp_path, mirror, "--accept_license", *flags, source="hf")
+
+
+def test_classes_and_lists_of_a_set_of_the_hub_are_words(tmp_path: Path) -> None:
+    import datasets
+
+    kind = datasets.ClassLabel(names=["Normal.", "Pneumonia."])
+    assert hf.plain(kind, 1) == "Pneumonia." and hf.plain(kind, None) is None
+    assert hf.plain(datasets.List(kind), [0, 1]) == ["Normal.", "Pneumonia."]
+    assert hf.plain(datasets.List(datasets.Value("string")), ["Effusion.", "Mass."]) == "Effusion. Mass."
+    assert hf.plain(datasets.Value("int64"), 3) == 3
 
 
 # Columns, caps, and a second source
@@ -321,7 +399,90 @@ def test_what_cannot_be_folded_together_is_refused(two_sources: tuple[Path, Path
     write_table(mirror, [{"file_name": f"{n}.png", "text": "A film."} for n in range(10)])
     with pytest.raises(Refused, match="has no patient_id but others have"):
         run_here(tmp_path, mirror, "--add")
+    table = (data / "rejected.jsonl").read_bytes()
+    (data / "rejected.jsonl").unlink()
+    with pytest.raises(Refused, match="rejected.jsonl is not as download.py wrote it"):
+        run_here(tmp_path, mirror, "--add")
+    (data / "rejected.jsonl").write_bytes(table)
+    path, whole = data / "images" / "00000003_000.png", (data / "images" / "00000003_000.png").read_bytes()
+    path.write_bytes(whole[:99])
+    folder_mirror(mirror)
+    with pytest.raises(Refused, match="00000003_000.png is not as download.py wrote it"):
+        run_here(tmp_path, mirror, "--add")
+    path.write_bytes(whole)
     assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+
+
+def test_films_without_patients_cannot_be_added_to_by_films_with_them(tmp_path: Path) -> None:
+    mirror = folder_mirror(tmp_path / "films")
+    write_table(mirror, [{"file_name": f"{n}.png", "text": "A film."} for n in range(10)])
+    run_here(tmp_path, mirror)
+    with pytest.raises(Refused, match="0.png has no patient_id but others have"):
+        run_here(tmp_path, nih_mirror(tmp_path / "nih"), "--add", source="nih")
+
+
+def test_the_same_films_under_another_limit_are_not_taken_twice(tmp_path: Path) -> None:
+    mirror = nih_mirror(tmp_path / "nih")
+    run_here(tmp_path, mirror, "--limit", "12", source="nih")
+    data = run_here(tmp_path, mirror, "--add", "--limit", "20", source="nih")
+    assert len(read_metadata(data)) == 20
+    assert [row["reason"] for row in read_jsonl(data / "rejected.jsonl")] == ["copy of a film of its patient"] * 12
+
+
+def test_a_set_made_with_a_cache_that_is_gone_leaves_nothing_behind(tmp_path: Path) -> None:
+    data = run_here(tmp_path, folder_mirror(tmp_path / "films"))
+    run_here(tmp_path, nih_mirror(tmp_path / "nih"), "--overwrite", "--cache_dir", str(tmp_path / "new"), source="nih")
+    assert len(list((data / "images").iterdir())) == 24 and download.check_dataset(data) == []
+
+
+def test_a_local_film_that_is_not_the_one_of_the_table_is_left_out(tmp_path: Path) -> None:
+    mirror = folder_mirror(tmp_path / "films")
+    rows = read_jsonl(mirror / "metadata.jsonl")
+    rows[2]["sha256"], rows[3]["sha256"] = sha256_file(mirror / "2.png"), "0" * 64
+    write_table(mirror, rows)
+    data = run_here(tmp_path, mirror)
+    assert [(row["source_id"], row["reason"]) for row in read_jsonl(data / "rejected.jsonl")] == [
+        ("3.png", "wrong SHA-256")
+    ]
+
+
+def test_a_data_folder_can_be_a_mirror(tmp_path: Path) -> None:
+    """Its films are taken as they are, to the byte."""
+    data = run_here(tmp_path, nih_mirror(tmp_path / "nih"), source="nih")
+    again = run_here(tmp_path / "again", data)
+    rows, others = read_metadata(data), read_metadata(again)
+    assert [row["sha256"] for row in rows] == [row["sha256"] for row in others]
+
+
+def test_views_and_findings_are_known_by_their_usual_names(tmp_path: Path) -> None:
+    mirror = folder_mirror(tmp_path / "films")
+    rows = read_jsonl(mirror / "metadata.jsonl")
+    views = ["Posteroanterior", "anteroposterior", "PA", "AP", "frontal", "Left Lateral", "LL", "lat", None, "PA"]
+    for row, view in zip(rows, views, strict=True):
+        row |= {"view": view, "findings": "No Findings", "patient_id": f" {row['patient_id']} "}
+    rows[0]["findings"], rows[1]["findings"] = "Edema;Mass", "nan"
+    write_table(mirror, rows)
+    known = folder.list_films(Mirror(str(mirror)))
+    assert [film.view for film in known] == [
+        "PA",
+        "AP",
+        "PA",
+        "AP",
+        "FRONTAL",
+        "LATERAL",
+        "LATERAL",
+        "LATERAL",
+        None,
+        "PA",
+    ]
+    assert [film.findings for film in known[:3]] == [["Edema", "Mass"], [], []]
+    assert known[3].patient_id == "p3"
+
+
+def test_deep_paths_make_names_that_any_disk_takes(tmp_path: Path) -> None:
+    name = "/".join(["1.2.840." + "9" * 56] * 4) + "/film.png"
+    assert len(folder.data_name(name).encode()) < 100
+    assert folder.data_name(name) != folder.data_name(name.replace("film", "other"))
 
 
 def test_the_report_shows_the_set(tmp_path: Path) -> None:

@@ -2,7 +2,33 @@
 
 import pytest
 
-from utils.reports import caption_sentences, describes_the_film, sentences_of, sex_in
+from utils.reports import caption_sentences, describes_the_film, sentences_of, sex_in, text_of
+
+
+@pytest.mark.parametrize(
+    ("findings", "kept"),
+    [
+        ("Improved left effusion. Lungs otherwise clear.", []),
+        ("Heart is normal. MRN 1234567.", ["Heart is normal."]),
+        ("Small effusion. Seen by John Smith MD at 3:45 PM on 03/04/2020.", ["Small effusion."]),
+        ("Small effusion. Electronically signed by Jane Doe, MD.", ["Small effusion."]),
+        ("Small left effusion on 1/2/1950.", ["Small left effusion."]),
+    ],
+)
+def test_neither_a_lost_finding_nor_a_name_is_left(findings, kept):
+    assert caption_sentences(findings, "") == kept
+
+
+def test_a_report_is_known_by_its_headings_and_a_caption_is_left_alone():
+    report = (
+        "HISTORY: Mr. Known, MRN 123. FINDINGS: Stable effusion. IMPRESSION: Small effusion. Discussed with Dr. XXXX."
+    )
+    assert text_of({"words": report}, "words", "PA film.") == "PA film. Small effusion. Effusion."
+    assert text_of({"report": "Chest.\n\nSmall effusion.\n"}, "report", "A film.") == "A film. Small effusion."
+    assert text_of({"report": "Chest.\n\nJane Doe, M.D."}, "report", "A film.") == ""
+    assert text_of({"findings": "Mass.", "impression": None}, "findings", "A film.") == "A film. Mass."
+    for caption in ("PA view: stable since 2019, as the user wrote it.", "NOTE: portable film"):
+        assert text_of({"text": caption}, "text", "A film.") == caption
 
 
 @pytest.mark.parametrize(

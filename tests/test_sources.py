@@ -91,6 +91,27 @@ def test_readings_become_captions(tmp_path: Path) -> None:
     assert of(films, "MCUCXR_0117_1").text == ""  # nothing is said of this film itself
 
 
+@pytest.mark.parametrize(
+    ("reading", "text", "findings"),
+    [
+        ("RUL infiltrate under treatment. Heart size is normal.", "", None),
+        ("normal on 2nd reading; improved after treatment", "", None),
+        (
+            "no evidence of active tuberculosis; RUL scars",
+            "Right upper lobe scars. No evidence of active tuberculosis.",
+            None,
+        ),
+        ("STB", "Secondary pulmonary tuberculosis.", ["Tuberculosis"]),
+    ],
+)
+def test_no_abnormal_film_is_called_normal_for_want_of_words(
+    reading: str, text: str, findings: list[str] | None
+) -> None:
+    found = montgomery.film_of("x_1", "CXR_png/x_1.png", True, f"male 40yrs\n{reading}", "p", "a.zip")
+    assert found.text.endswith(text) and bool(found.text) == bool(text) and "ormal" not in found.text
+    assert found.findings == findings
+
+
 def test_films_of_one_patient_are_known_by_their_readings(tmp_path: Path) -> None:
     (tmp_path / montgomery.ARCHIVE).write_bytes(nlm_zip(READINGS))
     patients = {film.source_id[7:11]: film.patient_id for film in montgomery.list_films(Mirror(str(tmp_path)))}
@@ -188,6 +209,12 @@ def test_a_film_under_two_patients_ties_them_together() -> None:
     assert len({film.source_id for film in films}) == 3
 
 
+def test_patients_are_tied_together_through_others() -> None:
+    shared = ((1, "a.jpg"), (2, "a.jpg"), (2, "b.jpg"), (3, "b.jpg"), (3, "c.jpg"), (4, "d.jpg"))
+    films = covid_films(*(f"{p},,M,50,COVID-19,PA,X-ray,,,images,{name},,," for p, name in shared))
+    assert [film.patient_id for film in films] == ["covid-1"] * 5 + ["covid-4"]
+
+
 # Sets that are given to registered users only
 
 CHEXPERT_HEADER = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Cardiomegaly,Edema,Support Devices"
@@ -225,9 +252,11 @@ def test_chexpert_plus_reports_are_taken_where_they_are(tmp_path: Path) -> None:
         csv(
             "path_to_image,section_findings,section_impression,frontal_lateral,ap_pa,age,sex",
             'train/patient1/study1/view1_frontal.jpg,nan,"\n1. STABLE CARDIOMEGALY.\n\n2. NO EDEMA.",Frontal,AP,61.0,Female',
+            "train/patient2/study1/view1_frontal.jpg,Dominant nodule.,Malignant effusion.,Frontal,PA,60,Male",
         )
     )
-    (film,) = chexpert.list_films(Mirror(str(tmp_path)))
+    film, other = chexpert.list_films(Mirror(str(tmp_path)))
+    assert other.text == "PA chest radiograph of a 60-year-old man. Malignant effusion. Dominant nodule."
     assert film.path == "PNG/train/patient1/study1/view1_frontal.png"
     assert film.text.casefold() == "ap chest radiograph of a 61-year-old woman. cardiomegaly. no edema."
 
@@ -244,6 +273,8 @@ def test_padchest_labels_stand_where_they_are() -> None:
         """c.png,12,20140915,85,nan,O,L,x,"['nodule', ' COPD signs']","['nodule', ' COPD signs', 'loc left']\"""",
         """d.png,1,20140915,86,1960.0,M,PA,x,"['unchanged']","['unchanged']\"""",
         """e.png,1,20140915,nan,1960.0,M,EXCLUDE,x,"['exclude']",nan""",
+        """f.png,1,20140915,87,1930.0,F,PA,x,"['abnormal foreign body', nan]",nan""",
+        """g.png,1,20140915,88,1930.0,F,PA,x,"['nodule']","[['normal']]\"""",
     )
     films = padchest.list_films(mirror_of({f"{padchest.TABLE}.gz": gzip.compress(csv(header, *rows))}))
     assert films[0].text == "PA chest radiograph of an 84-year-old woman. No acute finding."
@@ -255,6 +286,8 @@ def test_padchest_labels_stand_where_they_are() -> None:
     )
     assert films[2].text.endswith("COPD signs and nodule.") and (films[2].view, films[2].age) == ("LATERAL", None)
     assert films[3].text == "" and films[4].fault == "excluded by its owner" and films[4].patient_id is None
+    assert films[5].findings == ["abnormal foreign body"]  # "normal" is in it, and it is not
+    assert films[6].findings == ["nodule"]
 
 
 @pytest.mark.parametrize("place", ["12/a.png", "images/12/a.png", "images/a.png", None])
@@ -282,8 +315,11 @@ def test_padchest_films_are_found_where_they_were_unpacked(place: str | None, tm
 def test_vindr_counts_what_two_of_three_radiologists_saw() -> None:
     rows = [f"{image},{rad},{e},{n}" for image, votes in {"aa": "110", "bb": "100", "cc": "000"}.items()
             for rad, (e, n) in enumerate([(vote, 1 if image == "cc" else 0) for vote in votes])]  # fmt: skip
+    rows = [f"{row},{int(row.startswith('bb'))}" for row in rows]  # what all three saw says nothing
     table = "annotations/image_labels_train.csv"
-    films = vindr.list_films(mirror_of({table: csv("image_id,rad_id,Pleural effusion,No finding", *rows)}))
+    films = vindr.list_films(
+        mirror_of({table: csv("image_id,rad_id,Pleural effusion,No finding,Other diseases", *rows)})
+    )
     assert [film.findings for film in films] == [["Pleural effusion"], None, []]
     assert films[0].path == "train/aa.dicom" and films[0].patient_id is None
     kaggle = [
@@ -291,7 +327,7 @@ def test_vindr_counts_what_two_of_three_radiologists_saw() -> None:
         for rad, name in ((1, "Cardiomegaly"), (1, "Cardiomegaly"), (2, "Nodule/Mass"), (3, "Nodule/Mass"))
     ]
     (film,) = vindr.list_films(mirror_of({"train.csv": csv("image_id,class_name,rad_id", *kaggle)}))
-    assert film.findings == ["Nodule/Mass"]
+    assert film.findings == ["Nodule/mass"]
 
 
 REPORT = """                                 FINAL REPORT

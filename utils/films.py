@@ -24,8 +24,9 @@ COLOUR_SPREAD = 32  # grey levels between the channels of a pixel that is plainl
 MAX_COLOURED = 0.02  # share of such pixels; a small coloured mark on a film is below it, a screenshot above
 SCALE_PERCENTILES = (0.1, 99.9)
 # A border is lines of one grey at the edge: shutters, the edge of a plate, what a scanner filled in
-BORDER_SPREAD = 6  # grey levels from the line's median
-BORDER_SHARE = 0.99  # of the line's pixels; a side marker, which nobody wants to lose, is longer
+BORDER_SPREAD = 6  # grey levels from the line's median, at most
+SPREAD_SHARE = 0.05  # of the film's own range: one of few grey levels has lines of lung that are as even
+BORDER_SHARE = 0.99  # of the line's pixels: a side marker is longer, as a rule, and is not cut off
 LEAST_BORDER = 0.01  # of the side; a thinner one stays
 MOST_BORDER = 1 / 3
 LINES_AT_ONCE, PIXELS_A_LINE = 32, 512  # looked at
@@ -37,6 +38,12 @@ LEAST_LETTERS = 3  # a marker has one, and at times the initials of who took the
 LETTER_SIDE_PX = 1024
 THUMBNAIL_PX = 128
 UNKNOWN_VIEW = "UNKNOWN"  # of a film that may be lateral; None is that of a table which says nothing of views
+VIEWS = {
+    **dict.fromkeys(("PA", "POSTEROANTERIOR", "POSTERO-ANTERIOR"), "PA"),
+    **dict.fromkeys(("AP", "ANTEROPOSTERIOR", "ANTERO-POSTERIOR", "AP SUPINE", "AP ERECT", "AP_HORIZONTAL"), "AP"),
+    **dict.fromkeys(("LATERAL", "LAT", "L", "LL", "RL", "LEFT LATERAL", "RIGHT LATERAL"), "LATERAL"),
+    "FRONTAL": "FRONTAL",
+}
 
 
 class UnusableFilm(ValueError):
@@ -61,16 +68,23 @@ class Film:
     license: str | None = None  # its own, where the films of a source have different ones
     sha256: str | None = None  # of the file at `path`, where the table has it
     fault: str | None = None  # why its source leaves it out: the table says that it is no chest radiograph
+    is_prepared: bool | None = None  # True for one that download.py made: its borders may be padding
 
     def described(self) -> dict:
         """Return what the source's table says of it; what most sources do not know only where it is known."""
-        rare = ("boxes", "license", "sha256", "fault")
+        rare = ("boxes", "license", "sha256", "fault", "is_prepared")
         described = {name: value for name, value in vars(self).items() if name != "archive"}
         return {name: value for name, value in described.items() if name not in rare or value is not None}
 
 
-def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
-    """Return the PNG of a film and what to note of it.
+def view_named(name: object) -> str | None:
+    """Return the view that a table calls by any of its usual names, another one as it is, None where it says nothing."""
+    text = " ".join(str(name or "").split()).upper()
+    return VIEWS.get(text, text) or None
+
+
+def prepare_film(path: Path, resolution: int, is_prepared: bool = False) -> tuple[bytes, dict]:
+    """Return the PNG of a film and what to note of it; of one that was prepared before no border is cut off.
 
     Returns:
         The PNG's bytes (8-bit grey, `resolution` squared) and width and height of the original in pixels, the borders cut
@@ -81,7 +95,7 @@ def prepare_film(path: Path, resolution: int) -> tuple[bytes, dict]:
         UnusableFilm: with the reason.
     """
     grey = decode_film(path)
-    borders = find_borders(grey, resolution)
+    borders = (0, 0, 0, 0) if is_prepared else find_borders(grey)
     square, geometry = to_square(without_borders(grey, borders), resolution)
     height, width = grey.shape
     return encode_png(square), {
@@ -116,7 +130,12 @@ def decode_film(path: Path) -> np.ndarray:
             white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
             grey = scale_to_8_bit(65535 - levels if white_is_zero else levels)
         else:
-            grey = flatten(image)
+            try:
+                grey = flatten(image)
+            except UnusableFilm:
+                raise
+            except ValueError:  # not every mode of Pillow's can be turned into grey
+                raise UnusableFilm("cannot be decoded") from None
     # Every 64th pixel first: where these alone vary by 8, all of them vary by 1
     if grey[::8, ::8].std() < 8 and grey.std() < 1:
         raise UnusableFilm("blank")
@@ -260,23 +279,22 @@ def to_square(
     return square, "pad"
 
 
-def find_borders(grey: np.ndarray, resolution: int) -> tuple[int, int, int, int]:
+def find_borders(grey: np.ndarray) -> tuple[int, int, int, int]:
     """Return how many pixels to cut off at each edge of a film, because they show none of it: left, top, right, bottom.
 
-    Of a border as much is kept as makes the rest square: else `to_square` would cut the film itself instead. A film that
-    has the asked size already is left alone: it may have been padded.
+    Of a border as much is kept as makes the rest square: else `to_square` would cut the film itself instead.
 
     Args:
         grey: uint8, [H, W].
-        resolution: side of the square that it is to become, in pixels.
     """
-    if grey.shape == (resolution, resolution):
-        return 0, 0, 0, 0
-    left, top, right, bottom = (border_of(lines) for lines in (grey.T, grey, grey.T[::-1], grey[::-1]))
+    low, high = np.percentile(grey[::8, ::8], (1, 99))
+    spread = min(BORDER_SPREAD, SPREAD_SHARE * (high - low))
+    left, top, right, bottom = (border_of(lines, spread) for lines in (grey.T, grey, grey.T[::-1], grey[::-1]))
     excess = (len(grey) - top - bottom) - (grey.shape[1] - left - right)  # of the height
     left, right = less(left, right, excess)
     top, bottom = less(top, bottom, -excess)
-    return left, top, right, bottom
+    rest = min(len(grey) - top - bottom, grey.shape[1] - left - right)
+    return (left, top, right, bottom) if rest >= MIN_SIDE_PX else (0, 0, 0, 0)
 
 
 def less(first: int, second: int, excess: int) -> tuple[int, int]:
@@ -286,14 +304,14 @@ def less(first: int, second: int, excess: int) -> tuple[int, int]:
     return kept, rest - kept
 
 
-def border_of(lines: np.ndarray) -> int:
-    """Return how many of the first lines are of one grey each, 0 where they are few; uint8 [L, N]."""
+def border_of(lines: np.ndarray, spread: float) -> int:
+    """Return how many of the first lines are of one grey each, within `spread` levels, 0 where they are few; uint8 [L, N]."""
     most = int(len(lines) * MOST_BORDER)
     step = max(1, lines.shape[1] // PIXELS_A_LINE)
     count = 0
     for start in range(0, most, LINES_AT_ONCE):
         block = lines[start : min(start + LINES_AT_ONCE, most), ::step].astype(np.int16)
-        near = np.abs(block - np.median(block, axis=1, keepdims=True)) <= BORDER_SPREAD
+        near = np.abs(block - np.median(block, axis=1, keepdims=True)) <= spread
         even = near.mean(axis=1) >= BORDER_SHARE
         count += len(even) if even.all() else int(np.argmin(even))
         if not even.all():

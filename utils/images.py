@@ -25,8 +25,9 @@ def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Te
         films.UnusableFilm: where the file is no usable film.
     """
     grey = decode_film(path)
-    film = without_borders(grey, find_borders(grey, resolution))
-    film, _ = to_square(film, resolution, Image.Resampling[interpolation.upper()])
+    if grey.shape != (resolution, resolution):  # else it is one that download.py made, whose borders are padding
+        grey = without_borders(grey, find_borders(grey))
+    film, _ = to_square(grey, resolution, Image.Resampling[interpolation.upper()])
     return torch.from_numpy(np.array(film))
 
 

@@ -7,12 +7,15 @@ every other what one finished film was made from.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO
 
 from utils.files import hold_lock, read_jsonl, sha256_file, write_jsonl
 from utils.films import Film
 from utils.refusal import Refused
+
+SAID = {"table_sha256": "its table is another", "key": "its pseudonyms are of another key"}
 
 
 def journal_path(cache_dir: Path, output_dir: Path) -> Path:
@@ -56,12 +59,27 @@ def claim_folder(output_dir: Path, journal: Path, asked: dict, overwrite: bool, 
                 "--overwrite to replace it"
             )
         if differences:
-            for name in ("dataset.json", "metadata.jsonl", "rejected.jsonl"):
+            noted = {row["file_name"] for row in finished}
+            for row in rows_of(
+                output_dir / "metadata.jsonl"
+            ):  # of a run with another cache folder, or one that is gone
+                if row["file_name"] not in noted:
+                    (output_dir / row["file_name"]).unlink(missing_ok=True)
+            for name in ("dataset.json", "metadata.jsonl", "rejected.jsonl", "report.html"):
                 (output_dir / name).unlink(missing_ok=True)
     (output_dir / "images").mkdir(parents=True, exist_ok=True)
     done = {row["file_name"]: row for row in finished}
     write_jsonl(journal, [asked, *done.values()])  # also mends a last line that a kill tore
     return done
+
+
+def rows_of(table: Path) -> list[dict]:
+    """Return the rows of a table that name a film in `images/`, none of a table that cannot be read."""
+    try:
+        rows = read_jsonl(table)
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if re.fullmatch(r"images/[^/\0]+\.png", str(row.get("file_name")))]
 
 
 def is_occupied(output_dir: Path) -> bool:
@@ -80,7 +98,11 @@ def read_record(output_dir: Path) -> dict | None:
         record = json.loads((output_dir / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and ("sources" in record or "table_sha256" in record) else None
+    if not isinstance(record, dict) or not ({"sources", "settings"} <= set(record) or "table_sha256" in record):
+        return None
+    sources = record.get("sources", [])
+    named = isinstance(sources, list) and all(isinstance(part, dict) and "name" in part for part in sources)
+    return record if named and isinstance(record.get("settings", {}), dict) else None
 
 
 def differences_between(held: dict, asked: dict) -> list[str]:
@@ -94,9 +116,9 @@ def differences_between(held: dict, asked: dict) -> list[str]:
         return [*differences, "source {}, not {}".format(*names)]
     for part, other in zip(there, asked["sources"], strict=True):
         differences += [
-            "its table is another" if key == "table_sha256" else f"{key} {part.get(key)}, not {other[key]}"
-            for key in ("source", "table_sha256", "limit")
-            if part.get(key) != other[key]
+            SAID.get(key) or f"{key} {part.get(key)}, not {other[key]}"
+            for key in ("source", "key", "table_sha256", "limit")
+            if part.get(key) != other.get(key)
         ]
     return differences
 

@@ -149,7 +149,9 @@ def load_rows(directory: Path, image_column: str, caption_column: str) -> list[d
         fault = path_fault(row["file_name"])
         if fault:
             raise Refused(f"{directory / tables[0]}, row {number}: {image_column} {row['file_name']!r} {fault}")
-        row["patient_id"] = None if row.get("patient_id") in (None, "") else str(row["patient_id"])
+        for column in ("patient_id", "group"):
+            if column == "patient_id" or column in row:
+                row[column] = None if row.get(column) is None else str(row[column]).strip() or None
         row["fold"] = fold_number(row.get("fold"), f"{directory / tables[0]}, row {number}")
         row["findings"] = findings_list(row.get("findings"))
         rows.append(row)

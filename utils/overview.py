@@ -1,9 +1,11 @@
 """A finished set at a glance, as a page of one file: figures, who is in which fold, and films to look at."""
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from PIL import Image
@@ -14,6 +16,7 @@ SHOWN = 24  # films
 PER_ROW = 8
 SIDE_PX = 160
 MOST_FINDINGS = 15
+LONGEST_NAME = 40
 NOTE = "Films drawn by lot, as they will be trained on: is bright dense, the heart on the right of the picture, nothing cut off?"
 
 
@@ -101,7 +104,7 @@ def draw_counts(counts: dict, rows: Sequence[dict]) -> bytes:
     ages.set(title=f"Age, known of {len(known)} films", xlabel="years")
 
     common = sorted(counts["findings"].items(), key=lambda item: item[1])[-MOST_FINDINGS:]
-    findings.barh([name for name, _ in common], [number for _, number in common])
+    findings.barh([shorten(name, LONGEST_NAME) for name, _ in common], [number for _, number in common])
     findings.set_title("Films by finding")
 
     sick = np.array(
@@ -123,7 +126,9 @@ def draw_counts(counts: dict, rows: Sequence[dict]) -> bytes:
     rejected.set_title(f"{sum(counts['rejected'].values())} films rejected, by reason")
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
+    with warnings.catch_warnings():  # of letters that the font lacks: the table beside the picture has them
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
 
 

@@ -41,9 +41,12 @@ def pseudonym(salt: bytes, kind: str, name: str) -> str:
     return hmac.new(salt, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:DIGITS]
 
 
-def pseudonymised(films: Iterable[Film], cache_dir: Path, key_dir: Path) -> list[Film]:
-    """Return films whose id, file name and patient are pseudonyms; which is which is written to `key_dir`/names.jsonl."""
-    salt, renamed, names = load_salt(cache_dir), [], []
+def pseudonymised(films: Iterable[Film], salt: bytes, key_dir: Path) -> list[Film]:
+    """Return films whose id, file name and patient are pseudonyms, in the order of these, which says nothing either.
+
+    Which film is which file is written to `key_dir`/names.jsonl.
+    """
+    renamed, names = [], []
     for film in films:
         film_id = pseudonym(salt, "film", film.source_id)
         patient_id = film.patient_id and pseudonym(salt, "patient", film.patient_id)
@@ -52,4 +55,4 @@ def pseudonymised(films: Iterable[Film], cache_dir: Path, key_dir: Path) -> list
     key_dir.mkdir(parents=True, exist_ok=True)
     write_jsonl(key_dir / "names.jsonl", names)
     (key_dir / "names.jsonl").chmod(0o600)
-    return renamed
+    return sorted(renamed, key=lambda film: film.source_id)

@@ -6,6 +6,7 @@ that compare with earlier films, report a telephone call or plan what comes next
 """
 
 import re
+from collections.abc import Mapping
 
 
 def words(*alternatives: str) -> re.Pattern:
@@ -66,8 +67,13 @@ ELSEWHERE = words(
     "notified", r"telephone\w*", r"communicat\w*", "called", r"dictat\w*", "reviewed", "critical result", "dr", "physician",
     "consider(?:ation)?", "further evaluation", "could be (?:obtained|performed)", "may be (?:helpful|obtained|of benefit)",
     "please", "history of",
+    # ... and who it was, and when
+    "signed", "transcribed", "(?:read|seen|interpreted|reported) by", "attending", "resident", "mrn", "dob", "date of birth",
+    "patient (?:name|id)", r"m\.?d(?:\.|\b)", r"\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}", r"\d{1,2}:\d\d",
 )  # fmt: skip
-HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?)[ \t]*):", re.MULTILINE)
+HEADING = re.compile(
+    r"(?:^|(?<=[.;] ))[ \t]*([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?)[ \t]*):", re.MULTILINE
+)
 IMPRESSION = re.compile(r"impression|conclusion|opinion|assessment", re.IGNORECASE)
 # A heading may also be the examination: "CHEST, PA AND LATERAL:"; that of the history, the technique or a call is neither
 FINDINGS = re.compile(
@@ -128,7 +134,34 @@ def caption_sentences(findings: str, impression: str) -> list[str]:
         else:
             lost |= states_a_finding(sentence) and not GONE.search(sentence)
     kept = list(unique.values())
-    return [] if lost and all(map(is_normal, kept)) else kept
+    return (
+        [] if lost and all(NORMAL.search(sentence) and not states_a_finding(sentence) for sentence in kept) else kept
+    )
+
+
+def caption_of(first: str, findings: str, impression: str) -> str:
+    """Return a sentence, such as the view, and what a report's sections say of the film; "" where they say nothing."""
+    sentences = caption_sentences(findings, impression)
+    return " ".join([first, *sentences]) if sentences else ""
+
+
+def text_of(cells: Mapping, column: str, first: str) -> str:
+    """Return the caption that a row of a table gives: cleaned where it is a report, and as it is where it is a caption.
+
+    Args:
+        cells: of the row, by column.
+        column: has the text. `findings` and `impression` are sections of a report, and are taken together; `report`, and
+            whatever has the headings of one, is a whole report.
+        first: sentence that a report's caption begins with, such as the view.
+    """
+    text = str(cells.get(column) or "")
+    if column in ("findings", "impression"):
+        sections = {name: str(cells.get(name) or "") for name in ("findings", "impression")}
+    elif column == "report" or any(map(kind_of, HEADING.findall(text))):
+        sections = sections_of(text)
+    else:
+        return " ".join(text.split())
+    return caption_of(first, **sections)
 
 
 def sections_of(report: str) -> dict[str, str]:
@@ -136,13 +169,18 @@ def sections_of(report: str) -> dict[str, str]:
     parts = HEADING.split(report)
     sections = {"findings": "", "impression": ""}
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        kind = "impression" if IMPRESSION.search(heading) else "findings" if FINDINGS.match(heading) else None
+        kind = kind_of(heading)
         if kind is not None:
             sections[kind] = f"{sections[kind]} {body}".strip()
     if not any(text.strip() for text in sections.values()):
         paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", parts[-1]) if paragraph.strip()]
         sections["findings"] = paragraphs[-1] if paragraphs else ""
     return {kind: " ".join(text.split()) for kind, text in sections.items()}
+
+
+def kind_of(heading: str) -> str | None:
+    """Return which section a heading opens: "findings", "impression", or None for one that is of no use."""
+    return "impression" if IMPRESSION.search(heading) else "findings" if FINDINGS.match(heading) else None
 
 
 def sentences_of(section: str) -> list[str]:

@@ -7,7 +7,7 @@ from utils.films import UNKNOWN_VIEW, Film
 from utils.metadata import parse_table, path_fault
 from utils.mirror import Mirror
 from utils.refusal import Refused
-from utils.reports import caption_sentences
+from utils.reports import caption_of
 from utils.sources.folder import age_in_years
 
 NAME = "chexpert"
@@ -77,8 +77,8 @@ def plus_film(row: dict[str, str], table: str) -> Film:
     """Return what one line of the table of CheXpert Plus says; its films are PNGs under the names of the JPEGs."""
     path = f"PNG/{row['path_to_image'].rpartition('.')[0]}.png"
     patient = patient_of(path, table)
-    sections = [row[f"section_{name}"].replace("nan", "") for name in ("findings", "impression")]
-    sentences = caption_sentences(*(" ".join(section.split()) for section in sections))
+    cells = (row[f"section_{name}"].strip() for name in ("findings", "impression"))
+    findings, impression = ("" if cell == "nan" else " ".join(cell.split()) for cell in cells)
     view, age, sex = (
         view_of(row["ap_pa"], row["frontal_lateral"]), age_in_years(row.get("age")), SEXES.get(row.get("sex", ""))
     )  # fmt: skip
@@ -86,7 +86,7 @@ def plus_film(row: dict[str, str], table: str) -> Film:
         source_id=row["path_to_image"],
         path=path,
         file_name=f"images/{row['path_to_image'].rpartition('.')[0].replace('/', '_')}.png",
-        text=" ".join([caption(view, age or None, sex, None), *sentences]) if sentences else "",
+        text=caption_of(caption(view, age or None, sex, None), findings, impression),
         patient_id=f"chexpert-{patient}",
         view=view,
         age=age or None,

@@ -4,7 +4,8 @@ import re
 from dataclasses import replace
 
 from utils.captions import caption
-from utils.films import UNKNOWN_VIEW, Film
+from utils.films import UNKNOWN_VIEW, VIEWS, Film
+from utils.folds import merge_groups
 from utils.metadata import parse_table, path_fault
 from utils.mirror import Mirror
 from utils.refusal import Refused
@@ -24,7 +25,6 @@ EXAMPLE = "python download.py --source covid-chestxray --accept_license"
 MIRROR = "https://raw.githubusercontent.com/ieee8023/covid-chestxray-dataset/HEAD"
 TABLE = "metadata.csv"
 COLUMNS = ("patientid", "sex", "age", "finding", "view", "modality", "folder", "filename", "license")
-VIEWS = {"PA": "PA", "AP": "AP", "AP SUPINE": "AP", "AP ERECT": "AP", "L": "LATERAL"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -37,17 +37,16 @@ def list_films(mirror: Mirror) -> list[Film]:
     if content is None:
         raise Refused(f"--mirror {mirror.place} holds no {TABLE}; expected it beside the folder images/")
     rows = parse_table(TABLE, content, COLUMNS, extra_cells=True)
-    first, same = {}, {}
-    for row in rows:
-        patient = first.setdefault(row["filename"], row["patientid"])
-        if patient != row["patientid"]:  # one film under two patients: they are one, or one was copied into the other
-            same[row["patientid"]] = patient
+    # One film under two patients: they are one, or the film of one was taken for that of the other
+    first = {}
+    twice = [(first.setdefault(row["filename"], number), number) for number, row in enumerate(rows)]
+    patients = merge_groups([row["patientid"] for row in rows], twice)
     films, seen = [], set()
-    for row in rows:
-        film = film_of({**row, "patientid": same.get(row["patientid"], row["patientid"])})
+    for row, patient in zip(rows, patients, strict=True):
+        film = film_of({**row, "patientid": patient})
         if film.source_id in seen:
             film = replace(
-                film, source_id=f"{film.source_id}, again in line {len(films) + 2}", fault="in the table twice"
+                film, source_id=f"{film.source_id}, again as film {len(films) + 1}", fault="in the table twice"
             )
         seen.add(film.source_id)
         films.append(film)
@@ -79,7 +78,7 @@ def film_of(row: dict[str, str]) -> Film:
 
 def finding_names(finding: str) -> list[str] | None:
     """Return ["COVID-19 pneumonia"] of "Pneumonia/Viral/COVID-19", [] of "No Finding", None where nobody has looked yet."""
-    if finding.casefold() in ("", "todo", "unknown"):
+    if "todo" in finding.casefold() or finding.casefold() in ("", "unknown"):
         return None
     names = set()
     for name in re.split(r"\s*,\s*", finding):

@@ -32,4 +32,4 @@ def list_films(mirror: Mirror) -> list[Film]:
         raise Refused(
             f"--mirror {mirror.place} is not the demo set; leave --mirror out, or for your own add --source folder"
         )
-    return [replace(folder.film_of(row, TABLE), boxes=row["boxes"]) for row in rows]
+    return [replace(folder.film_of(row, TABLE), boxes=row["boxes"], is_prepared=True) for row in rows]

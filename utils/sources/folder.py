@@ -1,11 +1,12 @@
 """Films of your own: a folder, or an address, with one table that names them."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
-from utils.films import Film
-from utils.metadata import MAX_AGE, parse_table, path_fault
+from utils.films import Film, view_named
+from utils.metadata import MAX_AGE, MAX_NAME_BYTES, parse_table, path_fault
 from utils.mirror import Mirror
 from utils.refusal import Refused
 
@@ -20,6 +21,7 @@ EXAMPLE = "python download.py --source folder --mirror FOLDER_OR_ADDRESS"
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
+NO_FINDING = ("", "no finding", "no findings", "normal", "none", "nan")
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -65,20 +67,21 @@ def film_of(row: dict, table: str) -> Film:
     text = " ".join(str(row["text"] or "").split())
     if not text:
         raise Refused(f"{table}: {name} has no text; every film needs a caption")
-    patient_id = row.get("patient_id")
-    if "patient_id" in row and patient_id in (None, ""):
+    patient_id = None if row.get("patient_id") is None else str(row["patient_id"]).strip()
+    if "patient_id" in row and not patient_id:
         raise Refused(f"{table}: {name} has no patient_id; give one to every film or leave the column out")
     return Film(
         source_id=name,
         path=name,
         file_name=data_name(name),
         text=text,
-        patient_id=None if patient_id is None else str(patient_id),
+        patient_id=patient_id,
         findings=finding_names(row.get("findings")),
-        view=str(row.get("view") or "").strip().upper() or None,
+        view=view_named(row.get("view")),
         age=age_in_years(row.get("age")),
         sex={"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}.get(str(row.get("sex") or "").strip().upper()),
         sha256=file_hash(row.get("sha256")),
+        is_prepared=True if {"borders", "geometry"} <= set(row) else None,
     )
 
 
@@ -91,7 +94,10 @@ def file_hash(value: object) -> str | None:
 def data_name(name: str) -> str:
     """Return the name in the data folder: "images/a/b.jpg" and "a/b.jpg" become "images/a_b.png"."""
     flat = name.removeprefix("images/").replace("/", "_")
-    return f"images/{flat.rpartition('.')[0] or flat}.png"
+    flat = flat.rpartition(".")[0] or flat
+    if len(flat.encode()) > MAX_NAME_BYTES:  # of deep folders named after UIDs
+        flat = f"{flat[:40]}_{hashlib.sha256(flat.encode()).hexdigest()[:16]}"
+    return f"images/{flat}.png"
 
 
 def finding_names(value: object) -> list[str] | None:
@@ -102,11 +108,11 @@ def finding_names(value: object) -> list[str] | None:
         except json.JSONDecodeError:
             return None
     if isinstance(value, str) and value.strip():
-        value = value.split("|")
+        value = re.split("[|;]", value)
     if not isinstance(value, list):
         return None
     names = {str(name).strip() for name in value}
-    return sorted(name for name in names if name and name.casefold() not in ("no finding", "normal"))
+    return sorted(name for name in names if name.casefold() not in NO_FINDING)
 
 
 def age_in_years(value: object) -> int | None:

@@ -1,19 +1,20 @@
 """Any data set of the Hugging Face hub that has a column of films and one of text; rows are streamed, not all downloaded."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from utils.archives import Archive
 from utils.captions import caption
 from utils.files import write_bytes
-from utils.films import Film
+from utils.films import Film, view_named
 from utils.mirror import Mirror
 from utils.refusal import Refused
-from utils.reports import caption_sentences, sections_of
+from utils.reports import text_of
 from utils.sources.folder import age_in_years, finding_names
 
 if TYPE_CHECKING:
@@ -32,15 +33,14 @@ EXAMPLE = (
 
 SPLIT = "train"
 CAPTION_COLUMNS = ("text", "caption", "report", "impression", "findings", "prompt", "description")
-PATIENT_COLUMNS = ("patient_id", "subject_id", "patient", "PatientID", "uid")
+PATIENT_COLUMNS = ("patient_id", "subject_id", "patient", "PatientID")
 NUM_DIGITS = 8  # of a film's number
 
 
 def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of a split, in its order, without a byte of their pixels.
 
-    A text column named `report` or whose text has headings is read as a report, `findings` beside `impression` as its
-    sections, any other as the caption it is.
+    The caption column is read as `reports.text_of` does; one of classes gives their names, and so does `labels`.
 
     Args:
         mirror: OWNER/NAME on the hub, or a folder that `datasets.load_dataset` reads; its `columns` say which columns hold
@@ -50,20 +50,27 @@ def list_films(mirror: Mirror) -> list[Film]:
         Refused: without the package `datasets`, for a set that is not there, not open or has no such columns.
     """
     split = mirror.columns.get("split") or SPLIT
-    rows = open_split(mirror.place, split)
-    names = list(rows.features or next(iter(rows)))
-    image = image_column(mirror, rows, names)
-    text = chosen(mirror, "caption_column", CAPTION_COLUMNS, names)
-    patient = chosen(mirror, "patient_column", PATIENT_COLUMNS, names)
+    features = open_split(mirror.place, split).features or {}
+    image = image_column(mirror, features)
+    text = chosen(mirror, "caption_column", CAPTION_COLUMNS, features)
+    patient = chosen(mirror, "patient_column", PATIENT_COLUMNS, features)
+    if text == image:
+        raise Refused(f"--caption_column {text} of {mirror.place} has the films; expected text")
     if text is None:
         raise Refused(
-            f"--mirror {mirror.place} has columns {', '.join(names)}; say with --caption_column which has the text"
+            f"--mirror {mirror.place} has columns {listed(features)}; say with --caption_column which has the text"
         )
-    license = license_of(mirror.place)
-    films = []
-    others = [name for name in names if name != image]
-    for number, row in enumerate(open_split(mirror.place, split, others).select_columns(others)):
-        if patient is not None and row[patient] in (None, ""):
+    print(f"films are in column {image}, captions in {text}, patients in {patient or 'none'}", flush=True)
+    license, films = license_of(mirror.place), []
+    others = [name for name in features if name != image]
+    for number, encoded in enumerate(
+        refusing(mirror.place, open_split(mirror.place, split, others).select_columns(others))
+    ):
+        row = {name: plain(features[name], value) for name, value in encoded.items()}
+        if not isinstance(row[text], (str, NoneType)):
+            raise Refused(f"--caption_column {text} of {mirror.place} holds {row[text]!r:.100}; expected text")
+        patient_id = None if patient is None or row[patient] is None else str(row[patient]).strip()
+        if patient is not None and not patient_id:
             raise Refused(
                 f"--mirror {mirror.place}, row {number}: no {patient}; without it no patient can be kept in one fold"
             )
@@ -73,10 +80,10 @@ def list_films(mirror: Mirror) -> list[Film]:
                 source_id=member,
                 path=member,
                 file_name=f"images/{member.replace('/', '_')}.png",
-                text=text_of(row, text),
-                patient_id=None if patient is None else str(row[patient]),
+                text=text_of(row, text, caption(None, None, None, None)),
+                patient_id=patient_id,
                 findings=finding_names(row.get("labels")),
-                view=str(row.get("view") or "").strip().upper() or None,
+                view=view_named(row.get("view")),
                 age=age_in_years(row.get("age")),
                 sex={"M": "M", "F": "F"}.get(str(row.get("sex") or "")[:1].upper()),
                 archive=split,
@@ -101,37 +108,54 @@ def open_split(place: str, split: str, columns: list[str] | None = None) -> "Ite
         raise Refused(f"--mirror {place} cannot be read: {error}") from None
 
 
-def image_column(mirror: Mirror, rows: "IterableDataset", names: list[str]) -> str:
-    """Return the column of films: the one asked for, or the only one that holds pictures."""
-    pictures = [name for name in names if type((rows.features or {}).get(name)).__name__ == "Image"]
+def refusing(place: str, rows: Iterable[dict]) -> Iterator[dict]:
+    """Yield rows; what goes wrong in reading them, in whatever way, is a set that cannot be read."""
+    rows = iter(rows)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise Refused(f"--mirror {place} cannot be read: {error}") from error
+        if row is None:
+            return
+        yield row
+
+
+def image_column(mirror: Mirror, features: Mapping) -> str:
+    """Return the column of films: the one asked for, or the only one that holds pictures.
+
+    One that holds names of files is refused: those could be any file of this machine.
+    """
+    pictures = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
     name = mirror.columns.get("image_column") or (pictures[0] if len(pictures) == 1 else None)
-    if name not in names:
+    if name not in pictures:
         raise Refused(
-            f"--mirror {mirror.place} has columns {', '.join(names)}, of them {len(pictures)} with pictures; say with "
+            f"--mirror {mirror.place} has columns {listed(features)}, of them with pictures: {listed(pictures)}; say with "
             "--image_column which has the films"
         )
     return name
 
 
-def chosen(mirror: Mirror, flag: str, usual: Iterable[str], names: list[str]) -> str | None:
+def chosen(mirror: Mirror, flag: str, usual: Iterable[str], features: Mapping) -> str | None:
     """Return the column asked for, else the first of the usual ones that is there, None where none is."""
     asked = mirror.columns.get(flag)
-    if asked is not None and asked not in names:
-        raise Refused(f"--{flag} {asked}: {mirror.place} has columns {', '.join(names)}")
-    return asked or next((name for name in usual if name in names), None)
+    if asked is not None and asked not in features:
+        raise Refused(f"--{flag} {asked}: {mirror.place} has columns {listed(features)}")
+    return asked or next((name for name in usual if name in features), None)
 
 
-def text_of(row: dict, column: str) -> str:
-    """Return a row's caption."""
-    text = str(row[column] or "")
-    if column in ("findings", "impression"):
-        sections = {name: str(row.get(name) or "") for name in ("findings", "impression")}
-    elif column == "report" or any(sections_of(text).values()) and "\n" in text.strip():
-        sections = sections_of(text)
-    else:
-        return " ".join(text.split())
-    sentences = caption_sentences(sections["findings"], sections["impression"])
-    return " ".join([caption(None, None, None, None), *sentences]) if sentences else ""
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def plain(kind: object, value: object) -> object:
+    """Return a cell as a table would have it: names of classes for their numbers, one text for a list of sentences."""
+    inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else None)
+    if isinstance(value, list) and inner is not None:
+        values = [plain(inner, each) for each in value]
+        are_classes = hasattr(inner, "int2str")
+        return values if are_classes or not all(isinstance(each, str) for each in values) else " ".join(values)
+    return kind.int2str(value) if hasattr(kind, "int2str") and value is not None else value
 
 
 def license_of(place: str) -> str | None:
@@ -140,7 +164,10 @@ def license_of(place: str) -> str | None:
         return None
     from huggingface_hub import dataset_info
 
-    card = dataset_info(place).card_data
+    try:
+        card = dataset_info(place).card_data
+    except OSError:  # the set itself may be at hand all the same
+        return None
     named = card.get("license") if card is not None else None
     return ", ".join(named) if isinstance(named, list) else named
 
@@ -169,14 +196,17 @@ def films_of_split(archive: Archive, column: str | None) -> Iterator[str]:
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     wanted = {int(Path(path).name): path for path in archive.wanted}
     first = min(wanted)
-    for number, row in enumerate(rows.skip(first), start=first):
+    for number, row in enumerate(refusing(archive.name, rows.skip(first)), start=first):
         path = wanted.pop(number, None)
         picture = row[column]
         if path is not None and picture is not None:
             content = picture["bytes"]
             if content is None:
-                with fsspec.open(picture["path"], "rb") as file:
-                    content = file.read()
+                try:
+                    with fsspec.open(picture["path"], "rb") as file:
+                        content = file.read()
+                except OSError:
+                    continue  # it is listed as one that is not there
             write_bytes(archive.wanted[path], content)
             yield path
         if not wanted:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from utils.archives import gunzip
 from utils.captions import caption
-from utils.films import UNKNOWN_VIEW, Film
+from utils.films import UNKNOWN_VIEW, VIEWS, Film
 from utils.metadata import parse_table
 from utils.mirror import Mirror
 from utils.refusal import Refused
@@ -30,7 +30,6 @@ TABLE = "mimic-cxr-2.0.0-metadata.csv"
 COLUMNS = ("dicom_id", "subject_id", "study_id", "ViewPosition")
 LABELS = "mimic-cxr-2.0.0-chexpert.csv"
 REPORTS = "mimic-cxr-reports.zip"
-VIEWS = {"PA": "PA", "AP": "AP", "LATERAL": "LATERAL", "LL": "LATERAL", "RL": "LATERAL"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:

@@ -11,7 +11,7 @@ from utils.films import Film
 from utils.metadata import MAX_AGE
 from utils.mirror import Mirror
 from utils.refusal import Refused
-from utils.reports import caption_sentences, words
+from utils.reports import NORMAL, caption_sentences, words
 
 NAME = "montgomery"
 COUNT, SIZE, TEXT = "138", "0.6 GB", "readings"
@@ -36,7 +36,7 @@ SEX = re.compile(r"sex\s*:\s*([MF])\b|\b(male|femal)", re.IGNORECASE)
 AGE = re.compile(r"(\d+)\s*(y|mo|m|w|d)?", re.IGNORECASE)
 UNITS = {"y": 1, "m": 12, "mo": 12, "w": 52, "d": 365}  # in a year
 WRITTEN_OUT = {
-    "PTB": "pulmonary tuberculosis", "TB": "tuberculosis", "RUL": "right upper lobe", "RML": "right middle lobe",
+    "PTB": "pulmonary tuberculosis", "STB": "secondary pulmonary tuberculosis", "TB": "tuberculosis", "RUL": "right upper lobe", "RML": "right middle lobe",
     "RLL": "right lower lobe", "LUL": "left upper lobe", "LLL": "left lower lobe", "RT": "right", "LT": "left",
     "THEL": "the", "FEILD": "field",
 }  # fmt: skip
@@ -44,7 +44,7 @@ ABBREVIATION = re.compile(rf"\b(?:{'|'.join(WRITTEN_OUT)})\b", re.IGNORECASE)
 # What a film cannot show of a patient under treatment
 NOT_SHOWN = words(
     "treat(?:ed|ment)", "therapy", "rx", r"smears?", r"cultures?", "positive TST", "dot", "probes?", "h/o", "no report",
-    r"HRZE?\S*", "contact", "STB", "N?ATB", "pt", r"for \d+[MY]", "improvements?", "closed", "less apparent",
+    r"HRZE?\S*", "contact", "N?ATB", "pt", r"for \d+[MY]", "improvements?", "closed", "less apparent",
 )  # fmt: skip
 
 
@@ -116,8 +116,11 @@ def film_of(name: str, path: str, is_abnormal: bool, reading: str, patient_id: s
     if not is_abnormal:
         findings = []
     else:
-        findings = ["Tuberculosis"] if not statement or re.search("tubercul", statement, re.IGNORECASE) else None
+        said = not statement or re.search("tubercul", statement, re.IGNORECASE) and not NORMAL.search(statement)
+        findings = ["Tuberculosis"] if said else None
     sentences = [sentence for sentence in caption_sentences(statement, "") if not NOT_SHOWN.search(sentence)]
+    if is_abnormal and all(NORMAL.search(sentence) for sentence in sentences):
+        sentences = []  # what is abnormal was in what was left out
     if not is_abnormal or not sentences:
         text = caption(VIEW, age, sex, findings, name) if findings is not None else ""
     else:

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 from utils.archives import Header, gunzip
 from utils.captions import caption
-from utils.films import UNKNOWN_VIEW, Film
+from utils.films import UNKNOWN_VIEW, VIEWS, Film
 from utils.metadata import parse_table
 from utils.mirror import Mirror
 from utils.refusal import Refused
-from utils.reports import caption_sentences, sex_in
+from utils.reports import caption_of, sex_in
 
 NAME = "openi"
 COUNT, SIZE, TEXT = "7,470", "1.3 GB", "reports"
@@ -33,7 +33,6 @@ HEADERS = "nlmcxr_dicom_metadata.csv.gz"
 CLUSTERS = "nlmcxr_tsne_pa.csv.gz"
 TABLES_AT = "https://raw.githubusercontent.com/mlmed/torchxrayvision/HEAD/torchxrayvision/data"
 ADDRESSES = {name: f"{TABLES_AT}/{name}" for name in (HEADERS, CLUSTERS)}  # where no --mirror is named
-VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -58,7 +57,7 @@ def list_films(mirror: Mirror) -> list[Film]:
     films = []
     for report in read_reports(contents[REPORTS]):
         uid, sections, image_ids, terms = parse_report(*report)
-        sentences = caption_sentences(sections.get("FINDINGS", ""), sections.get("IMPRESSION", ""))
+        said = sections.get("FINDINGS", ""), sections.get("IMPRESSION", "")
         sex = sex_in(sections.get("INDICATION", ""))
         for image_id in image_ids:
             known = headers.get(re.sub(r"^(CXR\d+)_\d+_", r"\1_", image_id)) or clusters.get(image_id, "")
@@ -69,7 +68,7 @@ def list_films(mirror: Mirror) -> list[Film]:
                     path=f"NLMCXR_png/{image_id}.png",
                     file_name=f"images/{image_id}.png",
                     # A report without a word on its film leaves the film without a caption, not with half of one
-                    text=" ".join([caption(view, None, sex, None), *sentences]) if sentences else "",
+                    text=caption_of(caption(view, None, sex, None), *said),
                     patient_id=f"openi-{uid.removeprefix('CXR')}",
                     findings=terms,
                     view=view,

@@ -1,6 +1,7 @@
 """PadChest, Hospital San Juan, Alicante: 160,861 films of 67,625 patients, with labels and where in the chest they are."""
 
 import ast
+import re
 
 from utils.archives import gunzip
 from utils.captions import capitalised, caption, describe_findings
@@ -62,7 +63,7 @@ def film_of(row: dict[str, str], layout: str) -> Film:
         raise Refused(f"{TABLE}: ImageID {name!r} in {folder!r} {fault or 'is a path'}; expected a plain file name")
     groups, excluded = label_groups(row)
     findings = sorted({label for labels, _ in groups for label in labels})
-    is_known = bool(groups) or "normal" in row["Labels"].casefold()
+    is_known = bool(groups) or "normal" in listed(row["Labels"])
     view, age = VIEWS.get(row["Projection"], UNKNOWN_VIEW), age_in_years(row)
     sex = row["PatientSex_DICOM"] if row["PatientSex_DICOM"] in ("M", "F") else None
     sentences = [caption(view, age, sex, None if groups else [], name), *map(sentence, groups)]
@@ -90,8 +91,10 @@ def label_groups(row: dict[str, str]) -> tuple[list[tuple[list[str], list[str]]]
     labels, groups = (listed(row[column]) for column in ("Labels", "LabelsLocalizationsBySentence"))
     if not all(isinstance(group, list) for group in groups):
         groups = [labels]
+    if not {str(name).strip() for group in groups for name in group} >= {str(name).strip() for name in labels}:
+        groups = [labels]  # sentences that have lost some of their labels
     found = []
-    for group in groups or [labels]:
+    for group in groups:
         names = list(dict.fromkeys(str(name).strip() for name in group))
         findings = [name for name in names if not name.startswith("loc ") and name.casefold() not in NO_FINDING]
         if findings:
@@ -102,7 +105,7 @@ def label_groups(row: dict[str, str]) -> tuple[list[tuple[list[str], list[str]]]
 def listed(cell: str) -> list:
     """Return the list that a cell holds as Python writes it, empty for what is none."""
     try:
-        value = ast.literal_eval(cell)
+        value = ast.literal_eval(re.sub(r"\bnan\b(?=\s*[,\]])", "''", cell))
     except (ValueError, SyntaxError):
         return []
     return value if isinstance(value, list) else []

@@ -24,8 +24,7 @@ PARTS = ("train", "test")
 KAGGLE_TABLE = "train.csv"
 KAGGLE_COLUMNS = ("image_id", "class_name", "rad_id")
 MAJORITY = 2  # of three radiologists
-NOT_LOCAL = {"No finding", "Other disease", "Other lesion"}  # says nothing that a caption could
-ILD = {"ILD": "Interstitial lung disease"}
+WRITTEN_OUT = {"ILD": "Interstitial lung disease"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -81,7 +80,10 @@ def film_of(part: str, image: str, sights: list[set[str]]) -> Film:
         raise Refused(f"image_id {image!r} is no name of a film; expected letters and digits")
     counts = Counter(name for sight in sights for name in sight)
     agreed = {name for name, count in counts.items() if count >= min(MAJORITY, len(sights))}
-    named = sorted(ILD.get(name, name) for name in agreed - NOT_LOCAL)
+    # "Other disease", "Other diseases" and "Other lesion" say nothing that a caption could
+    named = sorted(
+        WRITTEN_OUT.get(name, name.capitalize()) for name in agreed if not name.startswith(("Other ", "No "))
+    )
     findings = named or ([] if "No finding" in agreed else None)
     return Film(
         source_id=f"{part}/{image}",
