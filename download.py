@@ -625,8 +625,8 @@ def fetch_and_prepare(
 ) -> Iterator[tuple[Film, dict | str]]:
     """Yield each film with what `prepare` returned, or with the reason why it is left out, as they get ready.
 
-    Threads wait for the network in one pool and decode in another, as many as there are cores (Pillow computes
-    without the interpreter's lock). The network may be ahead of the decoder by MAX_AHEAD_BYTES of films on the disk, and
+    Threads wait for the network in one pool and decode in another, a little more of them than there are cores (Pillow
+    computes without the interpreter's lock). The network may be ahead of the decoder by MAX_AHEAD_BYTES of films on the disk, and
     no more. Any other error, or the end of the caller, stops both pools.
 
     Args:
@@ -634,7 +634,8 @@ def fetch_and_prepare(
             reason why there is none.
         prepare: makes the finished film of the raw one, or returns a task that fetches it again.
     """
-    fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(os.cpu_count() or 1)
+    num_preparers = (os.cpu_count() or 1) + 2  # while some wait for the disk
+    fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(num_preparers)
     ended = SimpleQueue()  # of futures; to wait for a set of them takes time for each of the set
     waiting, fetching, ahead, ahead_bytes = iter(tasks), set(), {}, 0
     num_fetched, is_whole = 0, False

@@ -2,6 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -15,7 +17,7 @@ MAX_HASH_DISTANCE = 4  # bits of 64; films saved again differ in 3 at most, of u
 MIN_CORRELATION = 0.99
 MAX_MERGED_SHARE = 0.05  # of the set, in one group of several patients
 SMALL_SET = 100  # films below which a single pair is already a large share
-HASHES_PER_BLOCK = 64
+HASHES_PER_BLOCK, PAIRS_AT_ONCE = 64, 1024
 MOST_STRATA = 32
 
 
@@ -57,17 +59,16 @@ def find_duplicates(
 
     Args:
         hashes: 64 bits each, [N].
-        load_thumbnail: gives film i as uint8 [128, 128]; called for proposed films only.
+        load_thumbnail: gives film i as uint8 [128, 128]; called for proposed films only, by several threads.
         patients: whose film it is, [N]; copies within one patient do no harm and are not looked for.
     """
     thumbnails = {}  # kept as bytes: a hundred thousand films are 1.8 GB
-    duplicates = []
-    for first, second in propose_pairs(np.array(hashes, dtype=np.uint64), patients):
-        for film in (first, second):
-            if film not in thumbnails:
-                thumbnails[film] = load_thumbnail(film)
-        if correlation(thumbnails[first], thumbnails[second]) > MIN_CORRELATION:
-            duplicates.append((first, second))
+    duplicates, pairs = [], propose_pairs(np.array(hashes, dtype=np.uint64), patients)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(pairs, PAIRS_AT_ONCE)):
+            missing = sorted({film for pair in batch for film in pair} - thumbnails.keys())
+            thumbnails.update(zip(missing, pool.map(load_thumbnail, missing), strict=True))
+            duplicates += [pair for pair in batch if correlation(*map(thumbnails.get, pair)) > MIN_CORRELATION]
     return duplicates
 
 
