@@ -17,55 +17,29 @@ A run that was interrupted goes on where it was; the result is the same to the b
 
 import argparse
 import hashlib
-import os
-import statistics
 import sys
-import threading
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from itertools import count as count_from
 from pathlib import Path
-from queue import SimpleQueue
 from types import ModuleType
 
 import httpx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from utils.archives import Archive, Unpacker, films_of_tar, films_of_zip
 from utils.check import check_dataset
-from utils.fetch import Arriving, Damaged, NotFetched, check_mirror, fetch_file, is_address, open_client
-from utils.files import (
-    append_jsonl,
-    canonical_json,
-    hold_lock,
-    read_jsonl,
-    sha256_file,
-    write_bytes,
-    write_json,
-    write_jsonl,
-)
-from utils.films import (
-    PREPROCESSING,
-    UNKNOWN_VIEW,
-    Film,
-    UnusableFilm,
-    difference_hash,
-    is_upsampled,
-    prepare_film,
-    thumbnail,
-)
+from utils.fetch import check_mirror, is_address, open_client
+from utils.files import append_jsonl, canonical_json, read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
+from utils.films import PREPROCESSING, UNKNOWN_VIEW, Film, difference_hash, thumbnail
 from utils.folds import find_duplicates, merge_groups, with_folds
-from utils.journal import claim_folder, is_finished, journal_path, lock_journal, read_record, remove_others
+from utils.journal import claim_folder, journal_path, lock_journal, read_record, remove_others
 from utils.metadata import dataset_hash, load_rows
 from utils.mirror import Mirror
-from utils.overview import overview_page, summary_lines
+from utils.overview import count, overview_page, summary_lines
 from utils.pseudonyms import load_salt, pseudonym, pseudonymised
 from utils.refusal import ArgumentParser, Refused, run
 from utils.sources import (
@@ -83,6 +57,7 @@ from utils.sources import (
     shenzhen,
     vindr,
 )
+from utils.transfer import make_films
 
 SOURCES = {
     source.NAME: source
@@ -93,9 +68,6 @@ SOURCES = {
 BUNDLED_BASE = "assets/cxr-tiny"
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
 FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
-DAMAGED = ("cannot be decoded", "no film in it")  # of a film that may have been cut short on its way without a word
-MAX_AHEAD_BYTES, MAX_AHEAD_FILMS = 1 << 29, 4096  # fetched and not yet prepared
-TARS = (".tgz", ".tar.gz")
 COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 
@@ -193,7 +165,10 @@ def main(args: argparse.Namespace) -> int:
 
         # Fetch and prepare the others
         results = {}
-        made = make_films(wanted, mirror, source, args, settings["resolution"], done)
+        md5s, open_archives = getattr(source, "MD5S", {}), getattr(source, "open_archives", None)
+        made = make_films(
+            wanted, mirror, args.output_dir, settings["resolution"], done, args.num_workers, md5s, open_archives
+        )
         for film, result in held_open.enter_context(closing(made)):
             if isinstance(result, str):
                 rejected.append({"source_id": film.source_id, "reason": result})
@@ -233,9 +208,9 @@ def main(args: argparse.Namespace) -> int:
         write_bytes(args.output_dir / "report.html", report.encode())
         write_json(args.output_dir / "dataset.json", record)
         print(
-            "\n".join(
-                [f"{args.output_dir}:", *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"]))]
-            )
+            f"{args.output_dir}:",
+            *(f"    {line:<24}{value}" for line, value in summary_lines(record["counts"])),
+            sep="\n",
         )
     return 0
 
@@ -467,227 +442,6 @@ def without_copies(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     return kept, copies
 
 
-@dataclass(frozen=True)
-class Raw:
-    """Where a film's file is or will be.
-
-    Attributes:
-        origin: what the finished film depends on: a film whose file was changed since is prepared again.
-        is_packed: whether it comes out of an archive.
-        is_kept: whether it stays when the film is finished: not where its archive does.
-    """
-
-    path: Path
-    origin: dict
-    is_packed: bool = False
-    is_kept: bool = True
-
-
-def locate(film: Film, mirror: Mirror, resolution: int) -> Raw:
-    """Return where a film's raw file is or will be; one that is nowhere depends on no file."""
-    made = {"resolution": resolution, "preprocessing": PREPROCESSING}
-    downloaded = mirror.raw_dir / film.path
-    if mirror.is_remote:
-        origin = {"address": mirror.address(film.archive or film.path), **made}
-        if film.archive is None:
-            return Raw(downloaded, origin)
-        is_kept = not film.archive.endswith(TARS)  # a tar is kept itself; others are read in part
-        return Raw(downloaded, {**origin, "member": film.path}, not (is_kept and downloaded.is_file()), is_kept)
-    unpacked, archive = mirror.path(film.path), mirror.path(film.archive or "")
-    is_packed = film.archive is not None and not unpacked.is_file() and archive.is_file()
-    file = archive if is_packed else unpacked
-    if file.is_file():
-        status = file.stat()
-        made = {"file": str(file.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns, **made}
-    return Raw(downloaded, {**made, "member": film.path}, True, False) if is_packed else Raw(unpacked, made)
-
-
-def archives_of(films: Iterable[Film], mirror: Mirror, md5s: dict[str, str], stop: threading.Event) -> list[Archive]:
-    """Return the archives that hold some films, by name."""
-    films, archives = list(films), []
-    for name in sorted({film.archive for film in films}):
-        wanted = {film.path: mirror.raw_dir / film.path for film in films if film.archive == name}
-        called = mirror.called(name)
-        if name.endswith(".zip"):
-            archives.append(Archive(called, partial(mirror.open, name, stop), wanted, films_of_zip))
-        elif mirror.is_remote:
-            opener = partial(Arriving, mirror.client, called, mirror.raw_dir / name, stop, md5s.get(name))
-            archives.append(Archive(called, opener, wanted, films_of_tar))
-        else:
-            archives.append(Archive(called, partial(open, called, "rb"), wanted, films_of_tar))
-    return archives
-
-
-def make_films(
-    wanted: list[Film],
-    mirror: Mirror,
-    source: ModuleType,
-    args: argparse.Namespace,
-    resolution: int,
-    done: dict[str, dict],
-) -> Iterator[tuple[Film, dict | str]]:
-    """Fetch and prepare films, many at once, and yield each with what is noted of it, or with the reason it is left out.
-
-    An archive is read while it arrives, as far as its last wanted film. Finished films are neither fetched nor made again.
-
-    Args:
-        done: what earlier runs have noted, by file name.
-    """
-    stop = threading.Event()
-    raws = {film.file_name: locate(film, mirror, resolution) for film in wanted}
-    needs_raw_dir = mirror.is_remote or any(raw.is_packed for raw in raws.values())
-    raw_lock = hold_lock(mirror.raw_dir / ".lock") if needs_raw_dir else nullcontext()
-    if raw_lock is None:
-        raise Refused(
-            f"another download.py is fetching from {mirror.place} into {args.cache_dir}; wait, or name another --cache_dir"
-        )
-
-    def is_there(film: Film) -> bool:
-        return is_finished(args.output_dir, film, raws[film.file_name].origin, done)
-
-    in_archives = [film for film in wanted if raws[film.file_name].is_packed]
-    with ThreadPoolExecutor(args.num_workers) as pool:
-        there = list(pool.map(is_there, in_archives))
-    packed = {
-        raws[film.file_name].path: film for film, finished in zip(in_archives, there, strict=True) if not finished
-    }
-    for path in packed:
-        path.unlink(missing_ok=True)  # of a run that was killed, from an archive that may have changed since
-    by_name = partial(archives_of, md5s=getattr(source, "MD5S", {}), stop=stop)
-    open_archives = getattr(source, "open_archives", by_name)
-    unpacker = Unpacker(open_archives(packed.values(), mirror), stop)
-
-    def fetch(film: Film) -> tuple[Film, Path | NotFetched | None]:
-        raw = raws[film.file_name]
-        if raw.is_packed or is_there(film):
-            return film, None
-        if (
-            not mirror.is_remote
-            and film.sha256 is not None
-            and raw.path.is_file()
-            and sha256_file(raw.path) != film.sha256
-        ):
-            return film, NotFetched("wrong SHA-256")
-        if not mirror.is_remote or raw.path.is_file():
-            return film, raw.path if raw.path.is_file() else NotFetched("not found")
-        try:
-            fetch_file(mirror.client, mirror.address(film.path), raw.path, stop, sha256=film.sha256)
-        except NotFetched as failure:
-            return film, failure
-        return film, raw.path
-
-    def unpack() -> tuple[Film, Path | NotFetched]:
-        path, found = unpacker.take()
-        return packed[path], path if found else NotFetched("not in its archive")
-
-    again = set()
-
-    def prepare(film: Film, path: Path | None) -> dict | Callable:
-        if path is None:
-            return done[film.file_name]
-        raw = raws[film.file_name]
-        try:
-            png, noted = prepare_film(path, resolution, bool(film.is_prepared))
-        except UnusableFilm as fault:
-            if mirror.is_remote and not raw.is_packed and film.sha256 is None and str(fault) in DAMAGED:
-                path.unlink()
-                if film.file_name not in again:
-                    again.add(film.file_name)
-                    return partial(fetch, film)
-            raise
-        finally:
-            if not raw.is_kept:
-                path.unlink(missing_ok=True)
-        write_bytes(args.output_dir / film.file_name, png)
-        sha256 = hashlib.sha256(png).hexdigest()
-        return {"file_name": film.file_name, "origin": raw.origin, "sha256": sha256, **noted}
-
-    single = [film for film in wanted if raws[film.file_name].path not in packed]
-    tasks = [*(partial(fetch, film) for film in single), *[unpack] * len(packed)]
-    try:
-        with raw_lock, closing(fetch_and_prepare(tasks, prepare, args.num_workers, stop)) as finished:
-            yield from finished
-            unpacker.finish()
-    except Damaged:
-        for (
-            film
-        ) in wanted:  # the next run is to make these again, also those that came out well as far as anybody can tell
-            if film.archive is not None and mirror.called(film.archive) == unpacker.damaged:
-                (args.output_dir / film.file_name).unlink(missing_ok=True)
-        raise
-
-
-def fetch_and_prepare(
-    tasks: Sequence[Callable[[], tuple[Film, Path | NotFetched | None]]],
-    prepare: Callable[[Film, Path | None], dict | Callable],
-    num_workers: int,
-    stop: threading.Event,
-) -> Iterator[tuple[Film, dict | str]]:
-    """Yield each film with what `prepare` returned, or with the reason why it is left out, as they get ready.
-
-    Threads wait for the network in one pool and decode in another, a little more of them than there are cores (Pillow
-    computes without the interpreter's lock). The network may be ahead of the decoder by MAX_AHEAD_BYTES of films on the disk, and
-    no more. Any other error, or the end of the caller, stops both pools.
-
-    Args:
-        tasks: one a film; each returns a film with its raw file, with None where it is finished already, or with the
-            reason why there is none.
-        prepare: makes the finished film of the raw one, or returns a task that fetches it again.
-    """
-    num_preparers = (os.cpu_count() or 1) + 2  # while some wait for the disk
-    fetchers, preparers = ThreadPoolExecutor(num_workers), ThreadPoolExecutor(num_preparers)
-    ended = SimpleQueue()  # of futures; to wait for a set of them takes time for each of the set
-    waiting, fetching, ahead, ahead_bytes = iter(tasks), set(), {}, 0
-    num_fetched, is_whole = 0, False
-    bar = tqdm(total=len(tasks), unit="film", disable=None)
-
-    def start(pool: ThreadPoolExecutor, task: Callable, *args) -> Future:
-        future = pool.submit(task, *args)
-        future.add_done_callback(ended.put)
-        return future
-
-    try:
-        while True:
-            while len(fetching) < 2 * num_workers and len(ahead) < MAX_AHEAD_FILMS and ahead_bytes < MAX_AHEAD_BYTES:
-                task = next(waiting, None)
-                if task is None:
-                    break
-                fetching.add(start(fetchers, task))
-            if not fetching and not ahead:
-                is_whole = True
-                return
-            future = ended.get()
-            if future in fetching:
-                fetching.remove(future)
-                film, path = future.result()
-                if not isinstance(path, NotFetched):
-                    num_fetched += 1
-                    bar.set_postfix(fetched=num_fetched, refresh=False)
-                    size = 0 if path is None else path.stat().st_size
-                    ahead_bytes += size
-                    ahead[start(preparers, prepare, film, path)] = film, size
-                    continue
-                result = str(path)
-            else:
-                film, size = ahead.pop(future)
-                ahead_bytes -= size
-                try:
-                    result = future.result()
-                except UnusableFilm as fault:
-                    result = str(fault)
-                if callable(result):
-                    fetching.add(start(fetchers, result))
-                    continue
-            bar.update()
-            yield film, result
-    finally:
-        if not is_whole:
-            stop.set()
-        fetchers.shutdown(cancel_futures=True)
-        preparers.shutdown(cancel_futures=True)
-        bar.close()
-
-
 def row_of(film: Film, noted: dict, source: str, license: str) -> dict:
     """Return the row of `metadata.jsonl` for a film, without its fold."""
     return {
@@ -741,47 +495,6 @@ def deal_out(
     if rows[0]["patient_id"] is None:
         return rows, len(duplicates)
     return with_folds(rows, num_folds, seed), len(duplicates)
-
-
-def count(rows: list[dict], rejected: list[dict], num_duplicates: int, resolution: int) -> dict:
-    """Return the figures of `dataset.json`."""
-    folds = sorted({row["fold"] for row in rows} - {None})
-    films_of_patient = Counter(row["patient_id"] for row in rows if row["patient_id"] is not None)
-    films_with = defaultdict(lambda: [0] * len(folds))
-    for row in rows:
-        for finding in row["findings"] or ():
-            if row["fold"] is not None:
-                films_with[finding][row["fold"]] += 1
-    return {
-        "seen": len(rows) + len(rejected),
-        "kept": len(rows),
-        "rejected": tally(row["reason"] for row in rejected),
-        "upsampled": sum(is_upsampled(row, resolution) for row in rows),
-        "with_borders": sum(any(row["borders"]) for row in rows),
-        "burned_in_text": sum(row["burned_in_text"] for row in rows),
-        "geometry": tally(row["geometry"] for row in rows),
-        "duplicates_across_patients": num_duplicates,
-        "patients": len(films_of_patient) or None,
-        "most_films_of_a_patient": max(films_of_patient.values(), default=None),
-        "patients_per_fold": [len({row["patient_id"] for row in rows if row["fold"] == fold}) for fold in folds],
-        "films_per_fold": [sum(row["fold"] == fold for row in rows) for fold in folds],
-        "findings": tally(finding for row in rows for finding in row["findings"] or ()),
-        "findings_per_fold": dict(sorted(films_with.items())),
-        "views": tally(row["view"] or "unknown" for row in rows),
-        "sexes": tally(row["sex"] or "unknown" for row in rows),
-        "ages": spread([row["age"] for row in rows if row["age"] is not None]),
-        "caption_words": spread([len(row["text"].split()) for row in rows]),
-    }
-
-
-def tally(values: Iterable[str]) -> dict[str, int]:
-    """Return how often each value occurs, by name."""
-    return dict(sorted(Counter(values).items()))
-
-
-def spread(values: Sequence[int]) -> list[int] | None:
-    """Return least, greatest and median of some numbers, None where there are none."""
-    return [min(values), max(values), round(statistics.median(values))] if values else None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SCRIPTS = ("download", "train_lora", "generate", "evaluate")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "bitsandbytes", "xformers"}
 LAYERS = {
     0: {
-        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet",
+        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet", "transfer",
         "refusal", "report", "reports", "runlog", "seeding",
     },
     1: {"boxes", "diffusion", "distances", "hardware", "images", "metrics"},

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import download
+from utils import transfer
 from utils.files import read_jsonl
 from utils.metadata import dataset_hash, read_metadata
 from utils.refusal import Refused
@@ -396,7 +397,7 @@ def test_a_fault_in_a_worker_thread_ends_the_run(tmp_path, monkeypatch):
     def full_disk(path, data):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(download, "write_bytes", full_disk)
+    monkeypatch.setattr(transfer, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         run_here(tmp_path, folder_mirror(tmp_path / "films", 100))
     assert list((tmp_path / "data").rglob("*.*")) == []
@@ -477,7 +478,7 @@ def test_process_ends_as_promised(tmp_path):
 def test_the_network_runs_ahead_of_the_decoder_as_far_as_the_disk_allows(
     most_bytes, least, most, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(download, "MAX_AHEAD_BYTES", most_bytes)
+    monkeypatch.setattr(transfer, "MAX_AHEAD_BYTES", most_bytes)
     (tmp_path / "raw").write_bytes(bytes(1000))
     fetched, decoding, reached = [], threading.Event(), threading.Event()
 
@@ -492,7 +493,7 @@ def test_the_network_runs_ahead_of_the_decoder_as_far_as_the_disk_allows(
         return {"number": number}
 
     tasks = [partial(fetch, number) for number in range(40)]
-    made = download.fetch_and_prepare(tasks, prepare, 2, threading.Event())
+    made = transfer.fetch_and_prepare(tasks, prepare, 2, threading.Event())
     first = threading.Thread(target=lambda: results.extend(made))
     results = []
     first.start()

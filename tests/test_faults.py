@@ -13,6 +13,7 @@ import pytest
 import download
 from tests.faulty_server import FINAL, SEEN, STATUSES, UNSEEN, FaultyServer, start_download
 from tests.test_download import arguments, assert_same_folder, film, folder_mirror, run_here, write_table
+from utils import transfer
 from utils.files import read_jsonl, sha256_file
 from utils.refusal import run
 
@@ -161,7 +162,7 @@ def test_a_film_damaged_on_its_way_is_fetched_once_more(tmp_path):
 
 
 def test_a_host_that_goes_away_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(download, "fetch_file", partial(download.fetch_file, first_wait_s=0.01))
+    monkeypatch.setattr(transfer, "fetch_file", partial(transfer.fetch_file, first_wait_s=0.01))
     mirror = folder_mirror(tmp_path / "films", 30)
     with FaultyServer(mirror) as server:
 

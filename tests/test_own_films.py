@@ -11,7 +11,7 @@ from PIL import Image
 import download
 from tests.test_dicom import save
 from tests.test_download import assert_same_folder, film, folder_mirror, nih_mirror, run_here, write_table
-from utils import pseudonyms
+from utils import pseudonyms, transfer
 from utils.files import read_jsonl, sha256_file
 from utils.metadata import read_metadata
 from utils.mirror import Mirror
@@ -365,14 +365,14 @@ def test_a_second_source_is_folded_together_with_the_first(two_sources: tuple[Pa
 
 def test_an_addition_that_was_interrupted_goes_on(two_sources: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
     data, mirror = two_sources
-    write, left = download.write_bytes, iter(range(4))
+    write, left = transfer.write_bytes, iter(range(4))
 
     def stop_after_four(path: Path, content: bytes) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(download, "write_bytes", stop_after_four)
+    monkeypatch.setattr(transfer, "write_bytes", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
         run_here(tmp_path, mirror, "--add")
     monkeypatch.undo()

@@ -1,15 +1,17 @@
 """A finished set at a glance, as a page of one file: figures, who is in which fold, and films to look at."""
 
 import io
+import statistics
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
 from PIL import Image
 
+from utils.films import is_upsampled
 from utils.report import contact_sheet, html_image, html_page, html_table
 
 SHOWN = 24  # films
@@ -18,6 +20,47 @@ SIDE_PX = 160
 MOST_FINDINGS = 15
 LONGEST_NAME = 40
 NOTE = "Films drawn by lot, as they will be trained on: is bright dense, the heart on the right of the picture, nothing cut off?"
+
+
+def count(rows: list[dict], rejected: list[dict], num_duplicates: int, resolution: int) -> dict:
+    """Return the figures of `dataset.json`."""
+    folds = sorted({row["fold"] for row in rows} - {None})
+    films_of_patient = Counter(row["patient_id"] for row in rows if row["patient_id"] is not None)
+    films_with = defaultdict(lambda: [0] * len(folds))
+    for row in rows:
+        for finding in row["findings"] or ():
+            if row["fold"] is not None:
+                films_with[finding][row["fold"]] += 1
+    return {
+        "seen": len(rows) + len(rejected),
+        "kept": len(rows),
+        "rejected": tally(row["reason"] for row in rejected),
+        "upsampled": sum(is_upsampled(row, resolution) for row in rows),
+        "with_borders": sum(any(row["borders"]) for row in rows),
+        "burned_in_text": sum(row["burned_in_text"] for row in rows),
+        "geometry": tally(row["geometry"] for row in rows),
+        "duplicates_across_patients": num_duplicates,
+        "patients": len(films_of_patient) or None,
+        "most_films_of_a_patient": max(films_of_patient.values(), default=None),
+        "patients_per_fold": [len({row["patient_id"] for row in rows if row["fold"] == fold}) for fold in folds],
+        "films_per_fold": [sum(row["fold"] == fold for row in rows) for fold in folds],
+        "findings": tally(finding for row in rows for finding in row["findings"] or ()),
+        "findings_per_fold": dict(sorted(films_with.items())),
+        "views": tally(row["view"] or "unknown" for row in rows),
+        "sexes": tally(row["sex"] or "unknown" for row in rows),
+        "ages": spread([row["age"] for row in rows if row["age"] is not None]),
+        "caption_words": spread([len(row["text"].split()) for row in rows]),
+    }
+
+
+def tally(values: Iterable[str]) -> dict[str, int]:
+    """Return how often each value occurs, by name."""
+    return dict(sorted(Counter(values).items()))
+
+
+def spread(values: Sequence[int]) -> list[int] | None:
+    """Return least, greatest and median of some numbers, None where there are none."""
+    return [min(values), max(values), round(statistics.median(values))] if values else None
 
 
 def overview_page(output_dir: Path, record: dict, rows: Sequence[dict]) -> str:
