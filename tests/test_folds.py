@@ -43,6 +43,31 @@ def test_no_patient_is_in_two_folds_and_folds_are_balanced():
     assert max(sick.values()) - min(sick.values()) <= 0.1 * len(rows) / 5
 
 
+@pytest.mark.parametrize("boxes", [False, True])
+def test_every_finding_is_spread_over_the_folds(boxes):
+    """And each place of a finding, where the table knows places: a fold without left lower masses cannot teach them."""
+    rng = np.random.default_rng(0)
+    rows = made_up_rows(300)
+    for row in rows:
+        found = np.flatnonzero(rng.random(6) < (0.2, 0.15, 0.1, 0.1, 0.05, 0.03))
+        row["findings"] = [f"finding {number}" for number in found]
+        if boxes:
+            row["boxes"] = [{"finding": name, "side": str(rng.choice(["left", "right"]))} for name in row["findings"]]
+    rows = with_folds(rows, 5, 0)
+
+    def spread(has) -> float:
+        rates = [np.mean([has(row) for row in rows if row["fold"] == fold]) for fold in range(5)]
+        return max(rates) - min(rates)
+
+    for number in range(6):
+        name = f"finding {number}"
+        assert spread(lambda row, name=name: name in row["findings"]) < 0.07
+        if boxes:
+            for side in ("left", "right"):
+                box = {"finding": name, "side": side}
+                assert spread(lambda row, box=box: box in row["boxes"]) < 0.07
+
+
 def test_folds_depend_on_the_seed_and_not_on_the_order_of_rows():
     rows = made_up_rows()
     shuffled = random.Random(1).sample(rows, len(rows))

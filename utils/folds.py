@@ -158,18 +158,23 @@ def stratum_of(row: dict) -> str:
 def strata_of(rows: Sequence[dict]) -> list[str]:
     """Return for each film what is spread evenly over folds: its rarest finding, as the commoner ones even out by themselves.
 
-    Of many findings the MOST_STRATA commonest count: of others there are too few to be spread.
+    A finding in another place is another one, where the table knows the places. Of many findings the MOST_STRATA
+    commonest count: of others there are too few to be spread.
     """
-    films_with = Counter(finding for row in rows for finding in set(row.get("findings") or ()))
+    findings = [placed_findings(row) for row in rows]
+    films_with = Counter(finding for found in findings for finding in found)
     common = {finding for finding, _ in sorted(films_with.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRATA]}
     return [
-        min(
-            common.intersection(row.get("findings") or ()),
-            key=lambda name: (films_with[name], name),
-            default=stratum_of(row),
-        )
-        for row in rows
+        min(common & found, key=lambda finding: (films_with[finding], finding), default=stratum_of(row))
+        for row, found in zip(rows, findings, strict=True)
     ]
+
+
+def placed_findings(row: dict) -> set[str]:
+    """Return a film's findings: with side and zone where it has boxes, as "nodule, right, middle"."""
+    boxes = [box for box in row.get("boxes") or () if isinstance(box, dict)]
+    placed = {", ".join(str(box[key]) for key in ("finding", "side", "zone") if box.get(key)) for box in boxes}
+    return placed or set(row.get("findings") or ())
 
 
 def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by: str = "patient_id") -> list[dict]:
