@@ -66,6 +66,11 @@ def test_the_card_tells_what_a_user_must_know(tmp_path: Path) -> None:
     assert card.startswith("---\nlicense: cc-by-4.0\nbase_model: assets/cxr-tiny\n")
 
 
+def test_the_card_of_a_set_of_others_names_no_source(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"name": "somebody else\'s"}')
+    assert "those of the films' owner" in model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
+
+
 def test_the_card_of_stable_diffusion_hands_its_licence_on(tmp_path: Path) -> None:
     config = CONFIG | {"base": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
     assert "no medical advice" in model_card(config, tmp_path, VALIDATIONS, best_step=10)

@@ -74,7 +74,7 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         best_step: step of the adapter.
     """
     dataset = data_dir / "dataset.json"
-    sources = json.loads(dataset.read_text(encoding="utf-8"))["sources"] if dataset.is_file() else []
+    sources = json.loads(dataset.read_text(encoding="utf-8")).get("sources", []) if dataset.is_file() else []
     license_id, license_text = LICENSES.get(config["base"], UNKNOWN)
     baseline, best = validations[0], next(row for row in validations if row["step"] == best_step)
     bounds = baseline["bounds"]

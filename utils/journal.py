@@ -60,9 +60,8 @@ def claim_folder(output_dir: Path, journal: Path, asked: dict, overwrite: bool, 
             )
         if differences:
             noted = {row["file_name"] for row in finished}
-            for row in rows_of(
-                output_dir / "metadata.jsonl"
-            ):  # of a run with another cache folder, or one that is gone
+            # Also films of a run with another cache folder, or one that is gone
+            for row in rows_of(output_dir / "metadata.jsonl"):
                 if row["file_name"] not in noted:
                     (output_dir / row["file_name"]).unlink(missing_ok=True)
             for name in ("dataset.json", "metadata.jsonl", "rejected.jsonl", "report.html"):
