@@ -305,6 +305,17 @@ def test_classes_and_lists_of_a_set_of_the_hub_are_words(tmp_path: Path) -> None
     assert hf.plain(datasets.Value("int64"), 3) == 3
 
 
+def test_the_data_folder_is_an_imagefolder_of_the_hub_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that lies in it: diffusers' own script reads it in this way."""
+    import datasets
+
+    data = run_here(tmp_path, nih_mirror(tmp_path / "nih"), source="nih")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(data), split="train", cache_dir=str(tmp_path / "hub"))
+    rows = read_metadata(data)
+    assert sorted(loaded["text"]) == sorted(row["text"] for row in rows)
+    assert loaded[0]["image"].size == (64, 64) and loaded.num_rows == 24
+
+
 # Columns, caps, and a second source
 
 

@@ -36,9 +36,9 @@ SEX = re.compile(r"sex\s*:\s*([MF])\b|\b(male|femal)", re.IGNORECASE)
 AGE = re.compile(r"(\d+)\s*(y|mo|m|w|d)?", re.IGNORECASE)
 UNITS = {"y": 1, "m": 12, "mo": 12, "w": 52, "d": 365}  # in a year
 WRITTEN_OUT = {
-    "PTB": "pulmonary tuberculosis", "STB": "secondary pulmonary tuberculosis", "TB": "tuberculosis", "RUL": "right upper lobe", "RML": "right middle lobe",
-    "RLL": "right lower lobe", "LUL": "left upper lobe", "LLL": "left lower lobe", "RT": "right", "LT": "left",
-    "THEL": "the", "FEILD": "field",
+    "PTB": "pulmonary tuberculosis", "STB": "secondary pulmonary tuberculosis", "TB": "tuberculosis",
+    "RUL": "right upper lobe", "RML": "right middle lobe", "RLL": "right lower lobe", "LUL": "left upper lobe",
+    "LLL": "left lower lobe", "RT": "right", "LT": "left", "THEL": "the", "FEILD": "field",
 }  # fmt: skip
 ABBREVIATION = re.compile(rf"\b(?:{'|'.join(WRITTEN_OUT)})\b", re.IGNORECASE)
 # What a film cannot show of a patient under treatment
