@@ -4,6 +4,8 @@ import hashlib
 import random
 import threading
 from contextlib import nullcontext
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import httpx
 import pytest
 
 import utils.fetch
-from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client
+from utils.fetch import NotFetched, Stopped, check_mirror, fetch_file, open_client, seconds_until
 from utils.refusal import Refused
 
 CONTENT = random.Random(0).randbytes(1 << 20)
@@ -105,6 +107,22 @@ def test_file_arrives_whole_through_faults(script, server, tmp_path):
     fetch(server, path, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT
     assert not leftovers(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        ("7", 7, 7),
+        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True), 3000, 3600),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00", 0, 0),
+        ("soon", 0, 0),
+        ("-1", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_a_wait_is_asked_for_in_seconds_or_by_date(said, least, most):
+    assert least <= seconds_until(said) <= most
 
 
 def test_all_threads_wait_where_a_host_asks_one_to(server, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -141,12 +143,21 @@ def check_status(response: httpx.Response) -> None:
     """Sort the answers of a server into usable, to be tried again and hopeless."""
     status = response.status_code
     if status in (408, 425, 429) or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise TryAgain(f"server error {status}", wait_s=float(wait) if wait.isdecimal() else 0.0)
+        raise TryAgain(f"server error {status}", wait_s=seconds_until(response.headers.get("Retry-After", "")))
     if status in (404, 410):
         raise NotFetched("not found")
     if status not in (200, 206):
         raise NotFetched(f"refused by the server ({status})")
+
+
+def seconds_until(retry_after: str) -> float:
+    """Return the seconds that a server asks us to wait, which it says in seconds or as a date; 0 for anything else."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(timezone.utc)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def fetch_once(
