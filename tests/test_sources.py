@@ -275,6 +275,7 @@ def test_padchest_labels_stand_where_they_are() -> None:
         """e.png,1,20140915,nan,1960.0,M,EXCLUDE,x,"['exclude']",nan""",
         """f.png,1,20140915,87,1930.0,F,PA,x,"['abnormal foreign body', nan]",nan""",
         """g.png,1,20140915,88,1930.0,F,PA,x,"['nodule']","[['normal']]\"""",
+        """h.png,1,20140915,89,1930.0,F,PA,x,"['normal', 'unchanged']","[['normal'], ['unchanged']]\"""",
     )
     films = padchest.list_films(mirror_of({f"{padchest.TABLE}.gz": gzip.compress(csv(header, *rows))}))
     assert films[0].text == "PA chest radiograph of an 84-year-old woman. No acute finding."
@@ -288,6 +289,7 @@ def test_padchest_labels_stand_where_they_are() -> None:
     assert films[3].text == "" and films[4].fault == "excluded by its owner" and films[4].patient_id is None
     assert films[5].findings == ["abnormal foreign body"]  # "normal" is in it, and it is not
     assert films[6].findings == ["nodule"]
+    assert films[7].text == "" and films[7].findings is None  # it may be unchanged from anything
 
 
 @pytest.mark.parametrize("place", ["12/a.png", "images/12/a.png", "images/a.png", None])

@@ -63,7 +63,8 @@ def film_of(row: dict[str, str], layout: str) -> Film:
         raise Refused(f"{TABLE}: ImageID {name!r} in {folder!r} {fault or 'is a path'}; expected a plain file name")
     groups, excluded = label_groups(row)
     findings = sorted({label for labels, _ in groups for label in labels})
-    is_known = bool(groups) or "normal" in listed(row["Labels"])
+    labels = listed(row["Labels"])
+    is_known = bool(groups) or ("normal" in labels and "unchanged" not in labels)  # as what it was, is not said
     view, age = VIEWS.get(row["Projection"], UNKNOWN_VIEW), age_in_years(row)
     sex = row["PatientSex_DICOM"] if row["PatientSex_DICOM"] in ("M", "F") else None
     sentences = [caption(view, age, sex, None if groups else [], name), *map(sentence, groups)]
