@@ -405,10 +405,9 @@ def check_films(films: list[Film], others: list[dict], num_folds: int) -> None:
     if patients == {None}:
         return
     if None in patients:
-        ids = ((film.source_id, film.patient_id) for film in films)
-        nameless = next(
-            id for id, patient in [*ids, *((r["source_id"], r["patient_id"]) for r in others)] if not patient
-        )
+        known = {film.source_id: film.patient_id for film in films}
+        known |= {row["source_id"]: row["patient_id"] for row in others if row["patient_id"] is None}
+        nameless = next(name for name, patient in known.items() if patient is None)
         raise Refused(f"{nameless} has no patient_id but others have; give one to every film or to none")
     if len(patients) < num_folds:
         raise Refused(
