@@ -55,7 +55,7 @@ from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, 
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, mse, psnr, ssim
-from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, tokenize
+from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import (
     contact_sheet,
@@ -69,6 +69,7 @@ from utils.report import (
 )
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
+from utils.tokens import tokenize
 from utils.validation import (
     HEADLINE,
     STRENGTHS,

@@ -39,13 +39,13 @@ from utils.pipeline import (
     canonical_name,
     cast_frozen,
     default_base,
-    fit_captions,
     load_base,
     put_on_adapter,
     sample,
 )
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
+from utils.tokens import fit_captions
 
 DISCLAIMER = "Synthetic: made by a diffusion model from text. Not for diagnosis."
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that

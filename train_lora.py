@@ -19,9 +19,12 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -39,15 +43,40 @@ from tqdm.auto import tqdm
 
 from utils.boxes import read_boxes
 from utils.card import model_card
-from utils.checkpoint import clear_run, find_start, forget_after, prune_checkpoints, save_checkpoint
+from utils.checkpoint import (
+    amend_checkpoint,
+    clear_run,
+    find_start,
+    forget_after,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
-from utils.files import append_jsonl, hold_lock, read_jsonl, write_bytes, write_json
+from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_bytes, write_json
 from utils.folds import draw_rows, split_fold, with_folds
-from utils.hardware import adamw_8bit, choose_mixed_precision, use_all_cores, warn_about_xformers, xformers_problem
+from utils.hardware import (
+    choose_adamw,
+    choose_mixed_precision,
+    compile_problem,
+    explain_out_of_memory,
+    largest_batch_size,
+    use_all_cores,
+    warn_about_xformers,
+    xformers_problem,
+)
 from utils.hub import push
-from utils.latents import TrainingStream, cache_posteriors, deal_positions, mean_film
-from utils.lora import UNET_TARGETS, WEIGHTS_NAME, adapter_state, add_lora, save_adapter, trainable_tensors
+from utils.interrupt import LeaveRequest
+from utils.latents import TrainingStream, cache_posteriors, channel_statistics, deal_positions, mean_film, prefetch
+from utils.lora import (
+    UNET_TARGETS,
+    WEIGHTS_NAME,
+    adapter_state,
+    add_lora,
+    parameter_groups,
+    save_adapter,
+    trainable_tensors,
+)
 from utils.metadata import dataset_hash, read_metadata
 from utils.pipeline import (
     BUNDLED_BASE,
@@ -56,15 +85,15 @@ from utils.pipeline import (
     canonical_name,
     cast_frozen,
     default_base,
-    fit_captions,
     load_base,
     sample,
-    tokenize,
+    with_schedule,
 )
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_curves, save_png
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
+from utils.tokens import TokenizedCaptions, fit_captions, tokenize
 from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score_model, summarise
 
 # What a run takes where the command line is silent
@@ -81,7 +110,7 @@ SAMPLE_PROMPTS = (
     "PA chest radiograph of a 60-year-old man. Cardiomegaly.",
     "AP chest radiograph of a 30-year-old woman. Pneumonia.",
 )
-LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # needs rules
+LR_SCHEDULERS = [kind.value for kind in SchedulerType]
 INTERPOLATIONS = ["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
 TRACKERS = ["tensorboard", "wandb", "comet_ml", "all", "none"]
 FLUSH_EVERY = 25  # steps between reads of the loss, each of which waits for the device
@@ -90,7 +119,8 @@ FLUSH_EVERY = 25  # steps between reads of the loss, each of which waits for the
 FREE_SETTINGS = {
     "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
-    "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps",
+    "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps", "auto_batch_size",
+    "export",
 }  # fmt: skip
 
 
@@ -129,9 +159,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="layers of the UNet that adapt, each preset with those before [feed_forward for the bundled base, else attention]",
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
+    add(
+        "--train_text_encoder_frac",
+        type=float,
+        default=1.0,
+        help="share of the steps after which it is left as it is [1]",
+    )
+    add("--lora_dropout", type=float, default=0.0, help="share of an adapter's inputs that a step leaves out [0]")
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), for ranks of 64 and more")
+    add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
+    add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
+    add("--ema_decay", type=float, default=0.999, help="its decay, once it has warmed up [0.999]")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
+    add(
+        "--rescale_betas_zero_snr",
+        action="store_true",
+        help="let the noise schedule end in noise alone; for bases that predict the velocity",
+    )
     add("--snr_gamma", type=float, help="Min-SNR weighting; 0 weighs all alike [0 for the bundled base, else 5]")
     add(
         "--box_loss_weight",
@@ -140,7 +186,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what each of a film's boxes (column boxes) adds to its loss, in whole films, however small it is [0]",
     )
     add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
+    add(
+        "--input_perturbation",
+        type=float,
+        default=0.0,
+        help="standard deviation of noise that is not in the target [0]",
+    )
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
+    add(
+        "--sentence_dropout",
+        type=float,
+        default=0.0,
+        help="share of a caption's sentences, but its first, left out [0]",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--train_batch_size", type=int, default=16, help="films a process and a micro-step [16]")
@@ -149,9 +207,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_train_epochs", type=int, help="the same in passes over the films; --max_train_steps wins")
     add("--learning_rate", type=float, help="of the UNet's adapter [4e-3 for the bundled base, else 1e-4]")
     add("--text_encoder_lr", type=float, help="of the text encoder's [2e-3 for the bundled base, else 1e-5]")
+    add("--loraplus_lr_ratio", type=float, default=1.0, help="LoRA+: rate of the B matrices over that of the A [1]")
     add("--scale_lr", action="store_true", help="multiply both by the films of an optimizer step")
     add("--lr_scheduler", default="cosine", choices=LR_SCHEDULERS, help="[cosine]")
     add("--lr_warmup_steps", type=int, help="steps of linear warm-up [5 %% of the steps]")
+    add("--lr_num_cycles", type=int, default=1, help="of cosine_with_restarts [1]")
+    add("--lr_power", type=float, default=1.0, help="of polynomial [1]")
+    add("--lr_step_rules", help="of piecewise_constant, as factor:step,...,factor, such as 1:500,0.1:800,0.01")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="decay of the first moment [0.9]")
     add("--adam_beta2", type=float, default=0.999, help="decay of the second moment [0.999]")
@@ -170,7 +232,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("hardware").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="no is fp32 [accelerate's, else bf16 where native]")
-    add("--allow_tf32", action="store_true", help="TensorFloat-32 matrix products on Ampere and later")
+    add(
+        "--allow_tf32",
+        action=argparse.BooleanOptionalAction,
+        help="TensorFloat-32 matrix products on Ampere and later [with bf16 and fp16]",
+    )
+    add("--compile", action="store_true", help="compile the transformer blocks: a minute first, then faster steps")
+    add(
+        "--auto_batch_size",
+        action="store_true",
+        help="split --train_batch_size into as many micro-steps as memory needs",
+    )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read films and latents [0]")
@@ -184,6 +256,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoints_total_limit", type=int, default=2, help="newest checkpoints that are kept; 0 keeps all [2]")
     add("--report_to", default="tensorboard", choices=TRACKERS, help="[tensorboard]")
     add("--logging_dir", default="logs", help="TensorBoard's folder within the run's [logs]")
+    add("--export", choices=["kohya"], help="write the adapter for A1111 and ComfyUI, too")
     add("--push_to_hub", action="store_true", help="upload adapter, card, records and samples at the end")
     add("--hub_token", help="[the one that `hf auth login` saved]")
     add("--hub_model_id", help="repository on the hub [the run folder's name]")
@@ -225,17 +298,25 @@ def check_args(args: argparse.Namespace) -> None:
         num_train_epochs=1, adam_epsilon=0, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
         checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
-        lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64,
+        lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64, loraplus_lr_ratio=1e-12,
+        lr_num_cycles=1, lr_power=0, input_perturbation=0,
     )  # fmt: skip
     for name, smallest in least.items():
         value = getattr(args, name)
         if value is not None and not smallest <= value < math.inf:
             raise Refused(f"--{name} {value}; expected a finite number from {smallest} on")
-    if not 0 <= args.caption_dropout <= 1:
-        raise Refused(f"--caption_dropout {args.caption_dropout}; expected a share from 0 to 1")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("caption_dropout", "sentence_dropout", "train_text_encoder_frac"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise Refused(f"--{name} {getattr(args, name)}; expected a share from 0 to 1")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected a number from 0 to below 1")
+    rules = re.fullmatch(r"(\d*\.?\d+:\d+,)+\d*\.?\d+", args.lr_step_rules or "")
+    if (args.lr_scheduler == "piecewise_constant") != bool(rules):
+        raise Refused(
+            f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules}; expected piecewise_constant with "
+            "rules such as 1:500,0.1:800,0.01, and no other with any"
+        )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
@@ -293,17 +374,23 @@ def flush(
             )
 
 
-def draw_samples(live: BaseModel, args: argparse.Namespace, step: int, resolution: int) -> Image.Image:
-    """Return a contact sheet of generated films, a row a prompt, the same noise in every row, as in generate.py."""
+def draw_samples(live: BaseModel, args: argparse.Namespace, accelerator: Accelerator, step: int) -> Image.Image:
+    """Return a contact sheet of generated films, a row a prompt, the same noise in every row, as in generate.py.
+
+    Every process draws its share of the films; all get the sheet.
+    """
     prompts, seeds = args.validation_prompt or list(SAMPLE_PROMPTS), list(range(args.num_validation_images))
-    films = [
-        film.numpy()
-        for film in sample(
-            assemble(live), [prompt for prompt in prompts for _ in seeds], seeds * len(prompts), resolution,
-            num_inference_steps=25, guidance_scale=4.0, batch_size=min(len(seeds) * len(prompts), 16),
-        )
-    ]  # fmt: skip
-    rows = [films[i : i + len(seeds)] for i in range(0, len(films), len(seeds))]
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    share = range(accelerator.process_index, len(wanted), accelerator.num_processes)
+    films = torch.zeros(len(wanted), args.resolution, args.resolution, dtype=torch.int32, device=accelerator.device)
+    drawn = sample(
+        assemble(live), [wanted[i][0] for i in share], [wanted[i][1] for i in share], args.resolution,
+        num_inference_steps=25, guidance_scale=4.0, batch_size=min(len(wanted), 16),
+    )  # fmt: skip
+    for i, film in zip(share, drawn, strict=True):
+        films[i] = film
+    films = accelerator.reduce(films, "sum").to("cpu", torch.uint8).numpy()
+    rows = [list(films[i : i + len(seeds)]) for i in range(0, len(films), len(seeds))]
     footer = f"Synthetic, not for diagnosis. Step {step}, guidance 4, 25 steps."
     return contact_sheet(rows, prompts, [f"seed {seed}" for seed in seeds], footer)
 
@@ -317,13 +404,30 @@ def track_samples(accelerator: Accelerator, sheet: Image.Image, step: int) -> No
             tracker.log_images({"samples": [sheet]}, step=step)
 
 
+@contextmanager
+def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Put the adapters' moving averages in their place for a while, where there are any."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@explain_out_of_memory(
+    "training",
+    "add --auto_batch_size (the same run in smaller micro-steps), --gradient_checkpointing, or lower --resolution",
+)
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     run_dir, data_dir, cache_dir = Path(args.output_dir), Path(args.train_data_dir), Path(args.cache_dir or "cache")
 
     # Films: one fold is held out and a tenth of the other folds' patients validates
-    rows = read_metadata(data_dir, args.image_column, args.caption_column)
-    rows = with_folds(rows, group_by=args.group_by)
+    rows = with_folds(read_metadata(data_dir, args.image_column, args.caption_column), group_by=args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
     set_hash, num_folds = dataset_hash(rows), len({row["fold"] for row in rows})
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
@@ -341,16 +445,23 @@ def main(args: argparse.Namespace) -> None:
     device, say = accelerator.device, accelerator.print
     if device.type == "cpu":
         use_all_cores()
+    if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
+        args.allow_tf32 = accelerator.mixed_precision != "no"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
     say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "
         f"{len(held_out_rows)} held out")  # fmt: skip
+    if len(validation_rows) < accelerator.num_processes:
+        raise Refused(
+            f"{len(validation_rows)} validation films for {accelerator.num_processes} processes; expected one each"
+        )
 
     # How long, in optimizer steps
     films_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_an_epoch = math.ceil(len(training_rows) / films_a_step)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_an_epoch
+    text_encoder_steps = round(args.train_text_encoder_frac * max_train_steps)
     validation_steps = (
         args.validation_steps
         or (args.validation_epochs and args.validation_epochs * steps_an_epoch)
@@ -361,8 +472,9 @@ def main(args: argparse.Namespace) -> None:
     lock = hold_lock(run_dir / ".lock") if accelerator.is_main_process else None
     if accelerator.is_main_process and lock is None:
         raise Refused(f"another train_lora.py is writing to {run_dir}; wait for it, or choose another --output_dir")
+    adamw = choose_adamw(args.use_8bit_adam, device)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    settings |= {"mixed_precision": accelerator.mixed_precision}
+    settings |= {"mixed_precision": accelerator.mixed_precision, "use_8bit_adam": adamw is not torch.optim.AdamW}
     settings |= {"training_data_hash": dataset_hash(training_rows + validation_rows)}
     settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
     state, tensors, remark = find_start(
@@ -372,60 +484,71 @@ def main(args: argparse.Namespace) -> None:
 
     # The frozen base
     base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    base = with_schedule(base, args.prediction_type, args.rescale_betas_zero_snr)
     noise_scheduler, tokenizer = base.noise_scheduler, base.tokenizer
-    if args.prediction_type is not None:
-        noise_scheduler.register_to_config(prediction_type=args.prediction_type)
-    resolution = args.resolution or base.resolution
-    if resolution % base.pixel_multiple:
-        raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
+    args.resolution = args.resolution or base.resolution
+    if args.resolution % base.pixel_multiple:
+        raise Refused(f"--resolution {args.resolution}; this base needs a multiple of {base.pixel_multiple}")
     vae = base.vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     scaling_factor = vae.config.scaling_factor
+    loss_weights = min_snr_weights(
+        noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
+    ).to(device)  # [T]
 
-    # Latents, once for all folds, and captions as tokens
+    # Latents, once for all folds
     caching = dict(
-        directory=data_dir, rows=rows, vae=vae, cache_dir=cache_dir, resolution=resolution,
+        directory=data_dir, rows=rows, vae=vae, cache_dir=cache_dir, resolution=args.resolution,
         interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
         num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
         num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone, owner=str(run_dir),
     )  # fmt: skip
-    posteriors = cache_posteriors(**caching)
-    mirrored = cache_posteriors(**caching, mirrored=True) if args.random_flip else None
+    with explain_out_of_memory("encoding films", "lower --validation_batch_size"):
+        posteriors = cache_posteriors(**caching)
+        mirrored = cache_posteriors(**caching, mirrored=True) if args.random_flip else None
     if args.random_flip:
         say(
             "--random_flip: half of the films are mirrored, with their hearts on the right and their captions as before"
         )
     place = {row["file_name"]: i for i, row in enumerate(rows)}
+    training_places, validation_places = (
+        [place[row["file_name"]] for row in part] for part in (training_rows, validation_rows)
+    )
+    means, deviations = channel_statistics(posteriors, training_places, scaling_factor)
+    say("latents by channel, where the base expects about 0 and 1: mean "
+        f"{' '.join(f'{mean:.2f}' for mean in means)}, sd {' '.join(f'{sd:.2f}' for sd in deviations)}")  # fmt: skip
 
+    # Captions as tokens
     captions = [row["text"] for row in training_rows]
     fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
     shortened = sum(map(str.__ne__, captions, fitted))
     cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
     say(f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within one")
-    if len(validation_rows) < accelerator.num_processes:
-        raise Refused(
-            f"{len(validation_rows)} validation films for {accelerator.num_processes} processes; expected one each"
-        )
     stream = TrainingStream(
-        posteriors,
-        [place[row["file_name"]] for row in training_rows],
-        tokenize(tokenizer, captions),
-        args.seed,
-        mirrored,
-        read_boxes(data_dir, training_rows) if args.box_loss_weight else None,
-        args.box_loss_weight,
-    )
+        posteriors, training_places, TokenizedCaptions(tokenizer, captions), args.seed, mirrored,
+        read_boxes(data_dir, training_rows) if args.box_loss_weight else None, args.box_loss_weight, args.sentence_dropout,
+    )  # fmt: skip
     bank = film_bank(
-        data_dir, validation_rows, posteriors, [place[row["file_name"]] for row in validation_rows],
-        tokenize(tokenizer, [row["text"] for row in validation_rows]), scaling_factor, resolution, args.image_interpolation_mode,
+        data_dir, validation_rows, posteriors, validation_places,
+        tokenize(tokenizer, [row["text"] for row in validation_rows]), scaling_factor, args.resolution,
+        args.image_interpolation_mode,
     )  # fmt: skip
     empty_ids = tokenize(tokenizer, [""]).to(device)  # [1, L]
 
     # Adapters in fp32 on layers of the base, whose UNet is cast to the precision of the arithmetic
     unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
-    unet_parameters = add_lora(unet, args.rank, args.lora_alpha, derive_seed(args.seed, "unet"), args.lora_targets)
+    lora = dict(dropout=args.lora_dropout, use_rslora=args.use_rslora)
+    unet_parameters = add_lora(
+        unet,
+        args.rank,
+        args.lora_alpha,
+        derive_seed(args.seed, "unet"),
+        args.lora_targets,
+        use_dora=args.use_dora,
+        **lora,
+    )
     text_encoder_parameters = add_lora(
         text_encoder, args.text_encoder_rank, args.lora_alpha * args.text_encoder_rank / args.rank,
-        derive_seed(args.seed, "text_encoder"),
+        derive_seed(args.seed, "text_encoder"), **lora,
     )  # fmt: skip
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
@@ -437,30 +560,35 @@ def main(args: argparse.Namespace) -> None:
             warn_about_xformers(problem)
         else:
             unet.enable_xformers_memory_efficient_attention()
+    if args.compile:
+        if problem := compile_problem(device):
+            warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
+        else:
+            unet.compile_repeated_blocks(fullgraph=True)
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
     rate_factor = films_a_step if args.scale_lr else 1
-    groups = [{"params": unet_parameters, "lr": args.learning_rate * rate_factor}]
-    if text_encoder_parameters:
-        groups.append({"params": text_encoder_parameters, "lr": args.text_encoder_lr * rate_factor})
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-    if args.use_8bit_adam:
-        optimizer = adamw_8bit()(groups, **adam)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=True, **adam)
+    groups = parameter_groups(unet, args.learning_rate * rate_factor, args.loraplus_lr_ratio)
+    groups += parameter_groups(text_encoder, args.text_encoder_lr * rate_factor, args.loraplus_lr_ratio)
+    optimizer = adamw(
+        groups, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+        **({"fused": True} if adamw is torch.optim.AdamW else {}),
+    )  # fmt: skip
     warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else round(0.05 * max_train_steps)
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
-    )
+        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=warmup_steps,
+        num_training_steps=max_train_steps, num_cycles=args.lr_num_cycles, power=args.lr_power,
+    )  # fmt: skip
 
     # The schedule is not prepared: accelerate would step it once for every process
     unet, optimizer = accelerator.prepare(unet, optimizer)
     text_encoder = accelerator.prepare_model(text_encoder, evaluation_mode=not text_encoder_parameters)
-    early_stopping = EarlyStopping(patience=args.early_stopping_patience)
-    first_step = position = 0
     live_unet, live_text_encoder = (accelerator.unwrap_model(model) for model in (unet, text_encoder))
     live_tensors = trainable_tensors(unet=live_unet, text_encoder=live_text_encoder)
     live = replace(base, unet=live_unet, text_encoder=live_text_encoder)
+    ema = EMAModel(lora_parameters, decay=args.ema_decay, use_ema_warmup=True, foreach=True) if args.use_ema else None
+    early_stopping = EarlyStopping(patience=args.early_stopping_patience)
+    first_step = position = 0
     if state is not None:
         with torch.no_grad():
             for name, tensor in live_tensors.items():
@@ -469,90 +597,124 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.load_state_dict(tensors["lr_scheduler"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(tensors["scaler"])
+        if ema is not None:
+            ema.load_state_dict(tensors["ema"])
+            ema.to(device)
         early_stopping = EarlyStopping(**state["early_stopping"])
         first_step, position = state["step"], state["position"]
-    loss_weights = min_snr_weights(
-        noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
-    ).to(device)  # [T]
 
     # The record
     log, validation_log = run_dir / "log.jsonl", run_dir / "validation.jsonl"
     config = {
-        "base": args.pretrained_model_name_or_path, "fold": args.fold, "resolution": resolution, "settings": settings,
-        "train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "data_hash": set_hash,
-        "num_folds": num_folds, "versions": package_versions(),
+        "base": args.pretrained_model_name_or_path, "fold": args.fold, "resolution": args.resolution,
+        "settings": settings, "train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir,
+        "data_hash": set_hash, "num_folds": num_folds, "versions": package_versions(),
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
+        "latents": {"mean": means, "sd": deviations},
     }  # fmt: skip
+    checkpoints = args.checkpoints_total_limit or max_train_steps // args.checkpointing_steps
+    tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (4 if args.use_ema else 3)
     if accelerator.is_main_process:
+        require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
         if state is None:
             clear_run(run_dir)
-        forget_after(run_dir, first_step)
+        forget_after(run_dir, first_step, state is None or state["validated"])
         write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
 
+    @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
     def validate(step: int) -> bool:
         """Score the adapters as they stand, draw samples, keep them if they are the best, and return whether to stop."""
-        with eval_mode(live_unet, live_text_encoder):
+        with eval_mode(live_unet, live_text_encoder), averaged(ema, lora_parameters):
             scores = score_model(
                 bank, live_unet, live_text_encoder, vae, noise_scheduler, args.validation_batch_size, share
             )
             if step == 0:
-                mean = mean_film(data_dir, training_rows, resolution, args.seed, args.image_interpolation_mode)
+                mean = mean_film(data_dir, training_rows, args.resolution, args.seed, args.image_interpolation_mode)
                 scores |= score_bounds(bank, vae, noise_scheduler, mean, args.validation_batch_size, share)
             scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
             is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
-            if not accelerator.is_main_process:
-                return early_stopping.should_stop
+            sheet = draw_samples(live, args, accelerator, step) if args.num_validation_images else None
             row = {"step": step} | summarise(scores) | {"best_step": early_stopping.best_step}
+            if is_best and accelerator.is_main_process:
+                header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": args.resolution}
+                header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
+                save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
+        if accelerator.is_main_process:
             append_jsonl(validation_log, [row])
-            rows_so_far = read_jsonl(validation_log)
-            draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], rows_so_far)
-            if args.num_validation_images:
-                sheet = draw_samples(live, args, step, resolution)
+            draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], read_jsonl(validation_log))
+            if sheet is not None:
                 save_png(run_dir / "samples" / f"step-{step:06d}.png", sheet)
                 track_samples(accelerator, sheet, step)
             accelerator.log({f"validation/{k}": v for k, v in row.items() if isinstance(v, float)}, step=step)
-        if is_best:
-            header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": resolution}
-            header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
-            save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
-        tqdm.write(
-            f"step {step}: SSIM {row['ssim']:.4f}, PSNR {row['psnr']:.2f} dB, MSE {row['mse']:.4f}"
-            + (", the best so far" if is_best else "")
-        )
+            tqdm.write(
+                f"step {step}: SSIM {row['ssim']:.4f}, PSNR {row['psnr']:.2f} dB, MSE {row['mse']:.4f}"
+                + (", the best so far" if is_best else "")
+            )
         return early_stopping.should_stop
 
-    def save(step: int, finished: bool) -> None:
+    def save(step: int, validated: bool, with_tensors: bool = True) -> None:
         """Write a checkpoint from which this command goes on as if it had never stopped."""
         if accelerator.is_main_process:
+            finished = validated and (early_stopping.should_stop or step == max_train_steps)
             state = {
-                "step": step, "position": position, "finished": finished, "num_processes": accelerator.num_processes,
-                "settings": settings, "early_stopping": asdict(early_stopping),
+                "step": step, "position": position, "validated": validated, "finished": finished,
+                "num_processes": accelerator.num_processes, "settings": settings,
+                "early_stopping": asdict(early_stopping),
             }  # fmt: skip
-            tensors = {
-                "adapters": {name: tensor.detach().cpu() for name, tensor in live_tensors.items()},
-                "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            }  # fmt: skip
-            save_checkpoint(run_dir, step, state, tensors)
-            prune_checkpoints(run_dir, args.checkpoints_total_limit)
+            if with_tensors:
+                tensors = {
+                    "adapters": {name: tensor.detach().cpu() for name, tensor in live_tensors.items()},
+                    "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                    "ema": ema.state_dict() if ema is not None else None,
+                }  # fmt: skip
+                save_checkpoint(run_dir, step, state, tensors)
+                prune_checkpoints(run_dir, args.checkpoints_total_limit)
+            else:
+                amend_checkpoint(run_dir, step, state)
         accelerator.wait_for_everyone()
 
-    if state is None:
-        validate(0)
-    unet.train()
-    text_encoder.train()
+    if args.auto_batch_size:
+
+        def attempt(batch_size: int) -> None:
+            """Take the memory of a micro-step."""
+            latents = torch.zeros(batch_size, *bank.latents.shape[1:], device=device)
+            with accelerator.autocast():
+                encoder_hidden_states = live_text_encoder(empty_ids.expand(batch_size, -1))[0]
+                timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
+                live_unet(latents, timesteps, encoder_hidden_states).sample.float().mean().backward()
+            optimizer.zero_grad()
+
+        films = films_a_step // accelerator.num_processes
+        fits = torch.tensor([largest_batch_size(attempt, films)], device=device)
+        args.train_batch_size = int(accelerator.gather(fits).min())
+        args.gradient_accumulation_steps = films // args.train_batch_size
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        say(
+            f"--auto_batch_size: {args.gradient_accumulation_steps} micro-steps of {args.train_batch_size} films a step"
+        )
+
+    leave = LeaveRequest(accelerator.num_processes)
     stopped = state is not None and state["finished"]
+    if state is None or not state["validated"]:
+        with leave.at_once():
+            stopped = validate(first_step)
+        if state is not None:
+            save(first_step, validated=True, with_tensors=False)
+    unet.train()
+    text_encoder.train(first_step < text_encoder_steps)
     last_step = first_step if stopped else max_train_steps
     micro_batches = deal_positions(
         position, last_step - first_step, args.gradient_accumulation_steps, args.train_batch_size,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    pin_memory = device.type == "cuda"
-    batches = iter(DataLoader(stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
-                              pin_memory=pin_memory))  # fmt: skip
+    batches = prefetch(
+        DataLoader(stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
+                   pin_memory=device.type == "cuda")
+    )  # fmt: skip
     pending, started = [], time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
@@ -560,17 +722,22 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     for step in progress:
         step_loss = torch.zeros((), device=device)
+        if step > text_encoder_steps and text_encoder.training:
+            text_encoder.eval()
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(unet, text_encoder):
                 # All draws of a film belong to its position in the stream, whatever the process or the batch
+                places = batch["position"].tolist()
                 generators = [
-                    torch.Generator().manual_seed(derive_seed(args.seed, "draws", place))
-                    for place in batch["position"].tolist()
+                    torch.Generator(device).manual_seed(derive_seed(args.seed, "draws", place)) for place in places
                 ]
-                mean, std = batch["mean"].to(device, non_blocking=True), batch["std"].to(device, non_blocking=True)
+                if args.lora_dropout:  # the one draw that is a batch's
+                    torch.manual_seed(derive_seed(args.seed, "dropout", places[0]))
+                batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
                 # Clean latents z_0: one draw from each film's posterior, float32 [B, C, h, w]
+                mean, std = batch["mean"], batch["std"]
                 latents = (mean + std * randn_tensor(mean.shape, generators, device)) * scaling_factor
 
                 # Forward process: noise each film to a timestep of its own
@@ -578,13 +745,21 @@ def main(args: argparse.Namespace) -> None:
                 if args.noise_offset:
                     noise += args.noise_offset * randn_tensor((*latents.shape[:2], 1, 1), generators, device)
                 num_timesteps = noise_scheduler.config.num_train_timesteps
-                timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]).to(device)
-                noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+                timesteps = torch.cat(
+                    [torch.randint(num_timesteps, (1,), generator=g, device=device) for g in generators]
+                )
+                perturbed = noise
+                if args.input_perturbation:
+                    perturbed = noise + args.input_perturbation * randn_tensor(noise.shape, generators, device)
+                noisy_latents = noise_scheduler.add_noise(latents, perturbed, timesteps)
 
                 # Condition on the caption, or for a share of the films on nothing (classifier-free guidance)
-                dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < args.caption_dropout
-                input_ids = torch.where(dropped[:, None].to(device), empty_ids, batch["input_ids"].to(device))
-                encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
+                dropped = (
+                    torch.cat([torch.rand(1, generator=g, device=device) for g in generators]) < args.caption_dropout
+                )
+                input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
+                with torch.set_grad_enabled(step <= text_encoder_steps):
+                    encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
 
                 # Predict the noise, or the velocity, and weigh the error by place and by timestep. A box counts only beside
                 # the caption that names its finding: without one it would draw findings into what guidance leads away from
@@ -594,35 +769,43 @@ def main(args: argparse.Namespace) -> None:
                     target = noise_scheduler.get_velocity(latents, noise, timesteps)
                 model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
                 error = F.mse_loss(model_pred.float(), target, reduction="none")  # [B, C, h, w]
-                place_weights = batch["place_weights"].to(device, non_blocking=True)  # [B, h, w]
-                place_weights = torch.where(dropped[:, None, None].to(device), 1.0, place_weights)
+                place_weights = torch.where(dropped[:, None, None], 1.0, batch["place_weights"])  # [B, h, w]
                 loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))  # [B]
                 loss = (loss * loss_weights[timesteps]).mean()
 
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
                 step_loss += loss.detach() / args.gradient_accumulation_steps
+        grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(lora_parameters)
         rate = lr_scheduler.get_last_lr()[0]
         pending.append({"step": step, "loss": step_loss, "lr": rate, "grad_norm": grad_norm, "position": position})
         lr_scheduler.step()
         position += films_a_step
 
+        # Read from the device, validate and save when it is due; a signal saves at once
         validation_due = step % validation_steps == 0 or step == last_step
         checkpoint_due = step % args.checkpointing_steps == 0
-        if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due:
+        leaving = leave.agreed()
+        if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due or leaving:
             flush(pending, accelerator, log, [row["file_name"] for row in training_rows], stream, films_a_step)
             best = "-" if early_stopping.best is None else f"{early_stopping.best:.4f}"
-            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", best_SSIM=best)
+            speed = films_a_step * (progress.format_dict["rate"] or 0)
+            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", best_SSIM=best, films_s=f"{speed:.1f}")
             pending.clear()
+        if validation_due or checkpoint_due or leaving:
+            save(step, validated=not validation_due)
+        if leaving:
+            raise KeyboardInterrupt(leaving)
         if validation_due:
-            stopped = validate(step)
-        if checkpoint_due or validation_due:
-            save(step, finished=stopped or step == last_step)
+            with leave.at_once():
+                stopped = validate(step)
+            save(step, validated=True, with_tensors=False)
         if stopped:
             break
+    leave.close()
 
     # The result: the best adapter is in place already; say what it is worth
     if accelerator.is_main_process:

@@ -37,9 +37,9 @@ from assets.sentences import AGES, FINDINGS, PRESENCES, SEXES, SIDES, VIEWS, ZON
 from utils.captions import caption
 from utils.files import write_bytes
 from utils.hardware import has_native_bf16, use_all_cores
-from utils.pipeline import tokenize
 from utils.refusal import ArgumentParser, run
 from utils.seeding import derive_seed
+from utils.tokens import tokenize
 
 VAE_SIDES = (128, 176, 224)  # crops of sharper and softer films: adult films are sharper than these
 VAE_SIDE_ODDS = (0.5, 0.25, 0.25)

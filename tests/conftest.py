@@ -98,3 +98,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_data(tiny_data: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def watched(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A bf16 run of six steps with dropout everywhere, whose every call of UNet and text encoder is looked at."""
+    from tests.training import watch_run  # imports the whole of train_lora.py
+
+    more = ("--max_train_steps", "6", "--caption_dropout", "0.5", "--lora_dropout", "0.1", "--validation_steps", "3")
+    return watch_run(tiny_base, tiny_data, tmp_path_factory.mktemp("watched") / "run", *more, precision="bf16")

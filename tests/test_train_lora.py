@@ -1,155 +1,33 @@
-"""The training loop on a tiny model: what moves, what is kept, and that a broken run ends as an unbroken one.
+"""The training loop on a tiny model: what moves, what is kept, and that a broken run ends as an unbroken one."""
 
-Each test here stands for a defect that reference scripts ship. Runs in this process where nothing is killed.
-"""
-
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_lora
-from tests.conftest import ROOT, build_base
+from tests.conftest import build_base
+from tests.training import read, train
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.files import write_jsonl
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
 
-QUICK = [
-    *("--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--text_encoder_rank", "4"),
-    *("--learning_rate", "1e-2", "--text_encoder_lr", "1e-2", "--lr_warmup_steps", "0", "--mixed_precision", "no"),
-    *("--num_validation_images", "0", "--report_to", "none", "--validation_steps", "1000"),
-]
 
-
-def flags(base: Path, data: Path, run: Path, *more: str) -> list[str]:
-    paths = ["--pretrained_model_name_or_path", base, "--train_data_dir", data, "--output_dir", run]
-    return [*map(str, paths), "--cache_dir", str(data.parent / "cache"), *QUICK, *more]
-
-
-def train(*args) -> None:
-    """Run the script's main as a fresh process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        train_lora.main(train_lora.parse_args(flags(*args)))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def start(processes: int, args: list[str], log: Path) -> subprocess.Popen:
-    """Start the script as a user does, on one process or on two."""
-    command = [sys.executable, "train_lora.py"]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                   "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-                   "train_lora.py"]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    output = open(log, "a")
-    return subprocess.Popen(
-        [*command, *args], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-    )
-
-
-@pytest.fixture(scope="module")
-def captured(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A bf16 run of six steps whose base, and whose every call of the UNet and the text encoder, is looked at."""
-    run = tmp_path_factory.mktemp("captured") / "run"
-    seen = {"unet": [], "text_encoder": []}
-    load_base = train_lora.load_base
-
-    def load_and_watch(*args):
-        base = load_base(*args)
-        seen["base"], seen["before"] = (
-            base,
-            {
-                f"{part}.{name}": tensor.clone()
-                for part in ("unet", "text_encoder", "vae")
-                for name, tensor in getattr(base, part).state_dict().items()
-            },
-        )
-        for part in ("unet", "text_encoder"):
-            model = getattr(base, part)
-            model.register_forward_pre_hook(
-                lambda model, inputs, part=part: seen[part].append((model.training, inputs))
-            )
-        return base
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(train_lora, "load_base", load_and_watch)
-    try:
-        more = ["--mixed_precision", "bf16", "--max_train_steps", "6", "--caption_dropout", "0.5"]
-        train(tiny_base, tiny_data, run, *more, "--validation_steps", "3")
-    finally:
-        patch.undo()
-    return run, seen
-
-
-def test_only_adapters_change(captured) -> None:
-    _, seen = captured
+def test_only_adapters_change(watched) -> None:
     for part in ("unet", "text_encoder", "vae"):
-        for name, tensor in getattr(seen["base"], part).state_dict().items():
+        for name, tensor in getattr(watched.base, part).state_dict().items():
             if "lora_" not in name:
-                before = seen["before"][f"{part}.{name.replace('base_layer.', '')}"]
+                before = watched.before[f"{part}.{name.replace('base_layer.', '')}"]
                 assert torch.equal(before.to(tensor.dtype), tensor), name
 
 
-def test_every_adapter_trains_in_fp32_under_bf16(captured) -> None:
-    """In bf16 a step of Adam is smaller than the spacing of A's elements: most would never move."""
-    run, seen = captured
-    step = checkpoint_steps(run)[-1]
-    _, tensors = load_checkpoint(run / f"checkpoint-{step}")
-    for name, tensor in tensors["adapters"].items():
-        assert tensor.dtype == torch.float32
-        assert tensor.abs().sum() > 0, f"{name} never got a gradient"
-    moments = [value for state in tensors["optimizer"]["state"].values() for value in state.values()]
-    assert {moment.dtype for moment in moments if torch.is_tensor(moment)} == {torch.float32}
-    parts = {name.split(".")[0] for name in tensors["adapters"]}
-    assert parts == {"unet", "text_encoder"}
-
-
-def test_noise_arithmetic_is_fp32_under_bf16(captured) -> None:
-    """diffusers' add_noise rounds the schedule to its input's type: in bf16 the first timesteps get no noise."""
-    _, seen = captured
-    training_calls = [inputs for training, inputs in seen["unet"] if training]
-    assert len(training_calls) == 6
-    assert {inputs[0].dtype for inputs in training_calls} == {torch.float32}
-
-
-def test_validation_runs_in_eval_mode_and_training_in_train_mode(captured) -> None:
-    _, seen = captured
-    modes = [training for training, _ in seen["unet"]]
-    assert modes[0] is False  # the baseline comes first
-    assert modes[-1] is False  # and the last step is validated
-    assert sum(modes) == 6
-
-
-def test_captions_are_dropped_at_the_rate_asked_for(captured) -> None:
-    _, seen = captured
-    captions = torch.cat([inputs[0] for training, inputs in seen["text_encoder"] if training])
-    empty = captions[:, 1] == captions[:, 2]  # nothing but padding
-    assert 5 <= empty.sum() <= 19  # of 24 at one half
-
-
-def test_records_are_complete_and_say_nothing_personal(captured) -> None:
-    run, _ = captured
+def test_records_are_complete_and_say_nothing_personal(watched) -> None:
+    run = watched.run
     rows = read(run / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(set(row) == {"step", "loss", "lr", "grad_norm", "num_processes"} for row in rows)
@@ -163,17 +41,6 @@ def test_records_are_complete_and_say_nothing_personal(captured) -> None:
     assert "Not for diagnosis" in card
     assert str(run) not in card
     assert (run / "curves.png").stat().st_size > 10_000
-
-
-def test_gradients_are_clipped(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """With an epsilon of 1 Adam's step follows the gradient's size, so clipping to nothing must stop learning."""
-    sizes = {}
-    for norm in ("1e-9", "1"):
-        run = tmp_path / norm
-        train(tiny_base, tiny_data, run, "--max_train_steps", "2", "--max_grad_norm", norm, "--adam_epsilon", "1")
-        _, tensors = load_checkpoint(run / "checkpoint-2")
-        sizes[norm] = sum(t.abs().sum().item() for n, t in tensors["adapters"].items() if "lora_B" in n)
-    assert sizes["1e-9"] < 1e-3 * sizes["1"]
 
 
 def test_changed_settings_refuse_to_resume_by_name(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -225,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_films(
     assert checkpoint_steps(tmp_path / "run") == [2]
 
 
-def test_a_kill_between_the_first_adapter_and_the_first_checkpoint_costs_nothing(
+def test_a_validation_that_a_kill_cut_short_is_made_again(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--max_train_steps", "4", "--validation_steps", "2"]
@@ -235,9 +102,10 @@ def test_a_kill_between_the_first_adapter_and_the_first_checkpoint_costs_nothing
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_lora, "save_checkpoint", killed)
+        patch.setattr(train_lora, "amend_checkpoint", killed)
         train(tiny_base, tiny_data, tmp_path / "broken", *more)
     assert (tmp_path / "broken" / WEIGHTS_NAME).exists()
+    assert len(read(tmp_path / "broken" / "validation.jsonl")) == 2  # the second is made again, and once in the record
     train(tiny_base, tiny_data, tmp_path / "broken", *more)
     for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
@@ -268,34 +136,6 @@ def test_a_resumed_run_ends_in_the_same_bytes(
             for moment in state["__bnb_optimizer_quant_state__"].values()
         ]
         assert {torch.uint8, torch.float32} == set(moments)
-
-
-def test_killed_at_any_instant_the_same_command_ends_in_the_same_bytes(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to real runs on one process and on two; and two processes give the losses of one."""
-    logs = {}
-    for processes in (1, 2):
-        more = ["--max_train_steps", "60", "--validation_steps", "20", "--checkpointing_steps", "7",
-                "--train_batch_size", str(4 // processes)]  # fmt: skip
-        runs = {name: tmp_path / f"{name}{processes}" for name in ("unbroken", "killed")}
-        output = tmp_path / "output.txt"
-        assert start(processes, flags(tiny_base, tiny_data, runs["unbroken"], *more), output).wait(300) == 0, (
-            output.read_text()
-        )
-        for _ in range(2):
-            steps = checkpoint_steps(runs["killed"]) if runs["killed"].exists() else []
-            process = start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output)
-            while process.poll() is None and checkpoint_steps(runs["killed"])[-1:] <= steps[-1:]:
-                time.sleep(0.01)
-            time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(300) == 0
-        for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
-            assert (runs["killed"] / name).read_bytes() == (runs["unbroken"] / name).read_bytes(), name
-        logs[processes] = [row["loss"] for row in read(runs["unbroken"] / "log.jsonl")]
-    assert logs[2] == pytest.approx(logs[1], abs=1e-5)
 
 
 def test_a_velocity_model_is_trained_on_the_velocity(

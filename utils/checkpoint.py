@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.files import write_bytes, write_json
+from utils.files import sync_folder, write_bytes, write_json
 from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
 from utils.runlog import cut_back, differences
@@ -24,7 +24,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
-    """Write `checkpoint-<step>`: into another name, synced, then renamed.
+    """Write `checkpoint-<step>`: into another name, synced, then renamed, and only then older ones may go.
 
     Args:
         run: the run's folder.
@@ -42,6 +42,12 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     write_json(partial / STATE_NAME, state)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    sync_folder(run)
+
+
+def amend_checkpoint(run: Path, step: int, state: dict) -> None:
+    """Replace the numbers and texts of a checkpoint, not its tensors: after a validation, which changes no weight."""
+    write_json(run / f"checkpoint-{step}" / STATE_NAME, state)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
@@ -118,15 +124,21 @@ def is_finished(run: Path) -> bool:
         return False
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Delete what lies after `step` and what kills left unfinished, so that the run goes on from there alone."""
+def forget_after(run: Path, step: int, validated: bool = True) -> None:
+    """Delete what lies after `step` and what kills left unfinished, so that the run goes on from there alone.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint that is gone on from.
+        validated: whether its validation is done; one that a kill cut short is made again.
+    """
     for later in checkpoint_steps(run):
         if later > step:
             shutil.rmtree(run / f"checkpoint-{later}")
     for partial in run.glob("checkpoint-*.tmp"):
         shutil.rmtree(partial)
-    for log in ("log.jsonl", "validation.jsonl"):
-        cut_back(run / log, step)
+    cut_back(run / "log.jsonl", step)
+    cut_back(run / "validation.jsonl", step if validated else step - 1)
 
 
 def clear_run(run: Path) -> None:

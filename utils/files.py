@@ -4,9 +4,12 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
+
+from utils.refusal import Refused
 
 
 def canonical_json(value: Any) -> str:
@@ -32,6 +35,32 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk: a renamed file may else have its old name after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: where it will be written, existing or not.
+        num_bytes: how much.
+        what: that is written, such as "the latent cache".
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise Refused(
+            f"{what} needs {num_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free; make room, or choose "
+            "a folder on another disk"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

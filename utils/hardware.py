@@ -1,9 +1,13 @@
-"""What this machine computes well in: precision, threads, attention kernels, 8-bit moments."""
+"""What this machine computes well in, and how much of it fits: precision, threads, kernels, memory."""
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 
 from utils.refusal import Refused
 
@@ -64,19 +68,77 @@ def warn_about_xformers(problem: str) -> None:
     warnings.warn(f"{problem}: attention runs on PyTorch's scaled_dot_product_attention instead", stacklevel=2)
 
 
-def adamw_8bit() -> type[torch.optim.Optimizer]:
-    """Return bitsandbytes' AdamW with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861).
+def choose_adamw(use_8bit: bool, device: torch.device) -> type[torch.optim.Optimizer]:
+    """Return PyTorch's AdamW, or bitsandbytes' with 8-bit moments where asked for and able to run.
 
-    Matrices of fewer than 4,096 numbers keep 32-bit moments.
+    8-bit moments (Dettmers et al. 2022, arXiv:2110.02861) save little here: matrices of fewer than 4,096 numbers keep
+    32-bit ones. A bitsandbytes that is missing or broken is warned of, by name.
+    """
+    if use_8bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
 
-    Raises:
-        Refused: where bitsandbytes is missing or does not load.
+            weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+            weight.grad = torch.zeros_like(weight)
+            AdamW8bit([weight]).step()
+        except Exception as error:  # whatever a foreign kernel raises
+            reason = " ".join(str(error).split())[:160]
+            warnings.warn(f"bitsandbytes does not run here ({reason}): AdamW keeps 32-bit moments", stacklevel=2)
+        else:
+            return AdamW8bit
+    return torch.optim.AdamW
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Return why torch.compile cannot run here, or None where it can: it needs a C++ compiler, on CUDA Triton too."""
+    try:
+        torch.compile(torch.sin, fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler shows as one of many
+        return " ".join(str(error).split())[:160]
+    return None
+
+
+@contextmanager
+def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
+    """Refuse in one line what does not fit into memory. Serves as a decorator, too.
+
+    Args:
+        doing: what needed the memory: "training".
+        advice: which flag lowers it.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        yield
+    except RuntimeError as error:
+        if isinstance(error, Refused) or not should_reduce_batch_size(error):
+            raise
+        raise Refused(f"out of memory while {doing}; {advice}") from error
+
+
+def largest_batch_size(attempt: Callable[[int], None], films: int) -> int:
+    """Return the largest number of films at a time that fits into memory and divides `films` evenly.
+
+    Args:
+        attempt: does with a batch of a size what training will; it runs out of memory or returns.
+        films: of an optimizer step and a process.
+
+    Raises:
+        Refused: where not even one film fits.
+    """
+    sizes = [size for size in range(films, 0, -1) if films % size == 0]
+    untried = iter(sizes[1:])
+
+    def try_out(batch_size: int) -> int:
+        attempt(batch_size)
+        return batch_size
+
+    try:
+        search = find_executable_batch_size(
+            try_out, starting_batch_size=films, reduce_batch_size_fn=lambda: next(untried, 0)
+        )
+        return search()
+    except RuntimeError as error:
+        if "reached zero" not in str(error):
+            raise
         raise Refused(
-            f"--use_8bit_adam needs bitsandbytes, which does not load ({reason}); leave the flag out"
+            "out of memory with one film at a time; add --gradient_checkpointing, or lower --resolution"
         ) from error
-    return AdamW8bit

@@ -6,9 +6,13 @@ latents (Rombach et al. 2022, arXiv:2112.10752, Sec. 3.1; Kingma and Welling 201
 """
 
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,11 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.boxes import box_loss_weights
-from utils.files import canonical_json, sha256_file, write_json
+from utils.files import canonical_json, require_space, sha256_file, write_json
 from utils.films import PREPROCESSING, UnusableFilm
 from utils.images import load_film, to_pixel_values
 from utils.refusal import Refused
 from utils.seeding import derive_seed
+from utils.tokens import TokenizedCaptions
+
+FILES = ("mean", "std", "checksum")
+STARTED = "started"  # there when a cache's files have their full size, so that a build can go on
 
 
 class FilmDataset(Dataset):
@@ -93,13 +101,44 @@ def posterior_key(
 
 
 class Posteriors:
-    """Memory-mapped posterior of every film: `mean` and `std`, float32 [N, C, h, w], in the order of the rows."""
+    """Memory-mapped posterior of every film, in the order of the rows.
 
-    def __init__(self, folder: Path, num_films: int):
-        self.mean = np.load(folder / "mean.npy", mmap_mode="r")
-        self.std = np.load(folder / "std.npy", mmap_mode="r")
-        if self.mean.shape != self.std.shape or len(self.mean) != num_films:
+    Attributes:
+        mean, std: float32 [N, C, h, w] each.
+        checksum: CRC-32 over a film's mean and std, uint32 [N]; 0 where a film is not encoded yet.
+    """
+
+    def __init__(self, folder: Path, num_films: int, writable: bool = False):
+        """Map a cache's files, for its builder `writable`."""
+        self.folder = folder
+        try:
+            self.mean, self.std, self.checksum = (
+                np.load(folder / f"{name}.npy", mmap_mode="r+" if writable else "r") for name in FILES
+            )
+        except (OSError, ValueError) as error:
+            raise Refused(f"{folder} is no whole latent cache ({error}); delete that folder") from error
+        if not self.mean.shape == self.std.shape or not len(self.mean) == len(self.checksum) == num_films:
             raise Refused(f"{folder} holds {self.mean.shape}, expected {num_films} films; delete that folder")
+
+    def is_whole(self, film: int) -> bool:
+        """Return whether a film is encoded and its numbers are those that were written."""
+        return checksum_of(self.mean[film], self.std[film]) == self.checksum[film]
+
+    def read(self, films: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return mean and std of some films, float32 [B, C, h, w] each.
+
+        Raises:
+            Refused: where the disk gives back other numbers than were written.
+        """
+        for film in films:
+            if not self.is_whole(film):
+                raise Refused(f"film {film} in {self.folder} is damaged; delete that folder, it is made again")
+        return torch.from_numpy(self.mean[list(films)]), torch.from_numpy(self.std[list(films)])
+
+
+def checksum_of(mean: np.ndarray, std: np.ndarray) -> int:
+    """Return the CRC-32 of a film's mean and std, float32 [C, h, w] each."""
+    return zlib.crc32(np.ascontiguousarray(std), zlib.crc32(np.ascontiguousarray(mean)))
 
 
 def is_cached(
@@ -127,7 +166,8 @@ def cache_posteriors(
 ) -> Posteriors:
     """Return the posteriors of `rows`, encoding them first where no earlier run has.
 
-    Every process encodes its share into one pair of files, which gets its final name when all shares are finite.
+    Every process encodes its share into one set of files, which gets its final name when all shares are finite. A
+    build that a kill cut short goes on at the batch where it was.
 
     Args:
         directory: folder that the rows' `file_name` is relative to.
@@ -150,30 +190,34 @@ def cache_posteriors(
     # The first process alone decides whether there is work: a cache that another run finishes meanwhile would else
     # send one process home and leave the others waiting for it
     if process_index == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    if process_index == 0 and not (folder / "index.json").is_file():
-        partial.mkdir(parents=True)
-        for name in ("mean", "std"):
-            np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
-            with open(partial / f"{name}.npy", "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash while encoding
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        if (folder / "index.json").is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+        elif not (partial / STARTED).is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+            allocate(partial, shape)
     wait_for_everyone()
     if not partial.is_dir():
         return Posteriors(folder, len(rows))
-    files = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("mean", "std")}
+    files = Posteriors(partial, len(rows), writable=True)
     share = range(process_index, len(rows), num_processes)
-    films = FilmDataset(directory, [rows[i] for i in share], resolution, interpolation)
-    with tqdm(total=len(films), desc="encoding films", unit="film", disable=process_index > 0) as bar:
-        for start, batch in enumerate(DataLoader(films, batch_size=batch_size, num_workers=num_workers)):
+    batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+    # Batches are those of an unbroken build, so that its numbers come out to the last digit
+    batches = [films for films in batches if not all(map(files.is_whole, films))]
+    films = FilmDataset(directory, rows, resolution, interpolation)
+    with tqdm(
+        total=len(share), initial=len(share) - sum(map(len, batches)), desc="encoding films", unit="film",
+        disable=process_index > 0,
+    ) as bar:  # fmt: skip
+        loader = DataLoader(films, batch_sampler=batches, num_workers=num_workers)
+        for where, batch in zip(batches, loader, strict=True):
             mean, std = encode(vae, batch.flip(-1) if mirrored else batch)
-            where = list(share[start * batch_size :][: len(batch)])
             for i, film_mean, film_std in zip(where, mean, std, strict=True):
                 if not (film_mean.isfinite().all() and film_std.isfinite().all()):
                     raise Refused(f"{rows[i]['file_name']}: its latents are not finite; the autoencoder needs fp32")
-            files["mean"][where], files["std"][where] = mean.numpy(), std.numpy()
+                files.mean[i], files.std[i] = film_mean.numpy(), film_std.numpy()
+                files.checksum[i] = checksum_of(files.mean[i], files.std[i])
             bar.update(len(batch))
-    for file in files.values():
+    for file in (files.mean, files.std, files.checksum):
         file.flush()
     wait_for_everyone()
     if process_index == 0:
@@ -186,6 +230,36 @@ def cache_posteriors(
             shutil.rmtree(partial)  # another run was quicker
     wait_for_everyone()
     return Posteriors(folder, len(rows))
+
+
+def allocate(folder: Path, shape: tuple[int, ...]) -> None:
+    """Make the empty files of a cache for films of `shape` [N, C, h, w]."""
+    require_space(folder, 2 * 4 * math.prod(shape), "the latent cache")
+    folder.mkdir(parents=True)
+    for name in FILES:
+        dtype, extent = (np.uint32, shape[:1]) if name == "checksum" else (np.float32, shape)
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=extent).flush()
+        with open(folder / f"{name}.npy", "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash while encoding
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    (folder / STARTED).touch()
+
+
+def channel_statistics(
+    posteriors: Posteriors, films: Sequence[int], scaling_factor: float, most: int = 1000
+) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel of scaled latents, over at most the first `most` of `films`.
+
+    The scaling factor of a base makes the standard deviation about 1 over its own training images (Rombach et al.
+    2022, arXiv:2112.10752, App. G). The variance of a latent is that of the means plus the mean of the variances.
+    """
+    first, second, pixels = 0.0, 0.0, 0
+    for film in films[:most]:
+        mean, std = (values[0].double() * scaling_factor for values in posteriors.read([film]))
+        first, second = first + mean.sum(dim=(1, 2)), second + (mean.square() + std.square()).sum(dim=(1, 2))
+        pixels += mean[0].numel()
+    average = first / pixels
+    return average.tolist(), (second / pixels - average.square()).sqrt().tolist()
 
 
 @torch.no_grad()
@@ -208,20 +282,24 @@ class TrainingStream(Dataset):
         self,
         posteriors: Posteriors,
         films: Sequence[int],
-        input_ids: Tensor,
+        captions: TokenizedCaptions | Tensor,
         seed: int,
         mirrored: Posteriors | None = None,
         boxes: Sequence[Sequence[Sequence[float]]] | None = None,
         box_weight: float = 0.0,
+        sentence_dropout: float = 0.0,
     ):
-        """Stream over `films`, rows of the posteriors, each with the token ids at its place in `input_ids` [N, L].
+        """Stream over `films`, rows of the posteriors, each with the caption at its place in `captions`.
 
         Args:
+            captions: token ids, [N, L] where no sentence is ever left out.
             mirrored: posteriors of the mirror images, which then stand in for half of the films.
             boxes, box_weight: of each of `films`, and what one adds to the loss, as `box_loss_weights` takes them.
+            sentence_dropout: probability that a caption's sentence after the first is left out.
         """
-        self.posteriors, self.films, self.input_ids, self.seed = posteriors, films, input_ids, seed
+        self.posteriors, self.films, self.captions, self.seed = posteriors, films, captions, seed
         self.mirrored, self.boxes, self.box_weight = mirrored, boxes, box_weight
+        self.sentence_dropout = sentence_dropout
 
     def film_at(self, position: int) -> int:
         """Return which of `films` stands at a position of the stream."""
@@ -233,12 +311,17 @@ class TrainingStream(Dataset):
         source, boxes = self.posteriors, self.boxes[film] if self.boxes else ()
         if self.mirrored is not None and derive_seed(self.seed, "mirror", position) % 2:
             source, boxes = self.mirrored, [(1 - right, top, 1 - left, bottom) for left, top, right, bottom in boxes]
-        mean, std = (torch.from_numpy(values[self.films[film]].copy()) for values in (source.mean, source.std))
+        mean, std = (values[0] for values in source.read([self.films[film]]))
+        input_ids = self.captions[film]
+        if self.sentence_dropout:
+            input_ids = self.captions.subset(
+                film, self.sentence_dropout, derive_seed(self.seed, "sentences", position)
+            )
         return {
             "position": position,
             "mean": mean,
             "std": std,
-            "input_ids": self.input_ids[film],
+            "input_ids": input_ids,
             "place_weights": box_loss_weights(boxes, *mean.shape[-2:], self.box_weight),
         }
 
@@ -268,3 +351,13 @@ def deal_positions(
     for micro_step in range(num_steps * accumulation):
         start = first + (micro_step * num_processes + process_index) * batch_size
         yield list(range(start, start + batch_size))
+
+
+def prefetch(batches: Iterable[dict], ahead: int = 2) -> Iterator[dict]:
+    """Yield batches that a thread has read while the one before was trained on, `ahead` of them at most."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        waiting = deque(reader.submit(next, batches, None) for _ in range(ahead))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(next, batches, None))
+            yield batch

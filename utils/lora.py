@@ -28,7 +28,14 @@ TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(
-    model: UNet2DConditionModel | CLIPTextModel, rank: int, alpha: float, seed: int, targets: str = "attention"
+    model: UNet2DConditionModel | CLIPTextModel,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: str = "attention",
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> list[nn.Parameter]:
     """Freeze a model and put adapters on its layers, W + alpha / rank * B A, with B = 0 and A ~ N(0, 1 / rank^2).
 
@@ -119,3 +126,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not any("lora" in name for name in state):
         raise Refused(f"{path} holds no LoRA: its first tensor is {min(state, default='missing')}")
     return state, header
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": parameters, "lr": learning_rate}] if parameters else []

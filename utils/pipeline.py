@@ -1,7 +1,7 @@
 """Base models in, films out: loading a Stable Diffusion, an adapter on top, and sampling from both."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from utils.captions import fit
 from utils.images import to_grey
 from utils.refusal import Refused
+from utils.tokens import fit_captions
 
 BUNDLED_BASE = "assets/cxr-tiny"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -129,6 +129,29 @@ def load_base(
     return base
 
 
+def with_schedule(
+    base: BaseModel, prediction_type: str | None = None, rescale_betas_zero_snr: bool = False
+) -> BaseModel:
+    """Return a base whose UNet is taken to predict something else, or whose noise schedule ends in noise alone.
+
+    Args:
+        base: as loaded.
+        prediction_type: "epsilon" or "v_prediction"; None is what the base's scheduler says.
+        rescale_betas_zero_snr: rescale the schedule to zero SNR at its last timestep, and sample from that one on
+            (Lin et al. 2024, arXiv:2305.08891, Alg. 1 and Sec. 3.3): films may then be darker or brighter than average.
+
+    Raises:
+        Refused: for zero SNR with "epsilon": noise predicted from noise alone says nothing about a film.
+    """
+    config = dict(base.noise_scheduler.config)
+    config["prediction_type"] = prediction_type or config["prediction_type"]
+    if rescale_betas_zero_snr:
+        if config["prediction_type"] != "v_prediction":
+            raise Refused("--rescale_betas_zero_snr needs --prediction_type v_prediction; this base predicts epsilon")
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return replace(base, noise_scheduler=DDPMScheduler.from_config(config))
+
+
 def _check_folder(folder: Path, variant: str | None) -> None:
     """Refuse a local base that lacks a part or holds one as a pickle, naming the file."""
     infix = f".{variant}" if variant else ""
@@ -176,21 +199,6 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
         reason = " ".join(str(error).split())[:160]
         raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
     pipeline.set_adapters("adapter", scale)
-
-
-def fit_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
-    """Return captions whose length the tokenizer takes, longer ones cut after a sentence; see `captions.fit`."""
-    limit = tokenizer.model_max_length
-    return [fit(caption, lambda text: len(tokenizer(text, verbose=False).input_ids), limit) for caption in captions]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Return the tokens of captions, fitted and padded to the model's length, int64 [N, L].
-
-    A sentence that is too long by itself is cut within.
-    """
-    options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    return tokenizer(fit_captions(tokenizer, captions), return_tensors="pt", **options).input_ids
 
 
 def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:

@@ -6,6 +6,8 @@ input, told in one line on stderr. A traceback therefore always means a fault of
 
 import argparse
 import errno
+import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -35,7 +37,7 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
     """Call `main(parse_args())` and return the exit status of the process.
 
     Returns:
-        What `main` returned (None counts as 0), 2 after `Refused` or a full disk, 130 after ^C.
+        What `main` returned (None counts as 0), 2 after `Refused` or a full disk, 128 + its number after a signal.
     """
     script = Path(sys.argv[0]).name
     try:
@@ -52,6 +54,7 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
         where = f" {error.filename}" if error.filename else ""
         print(f"{script}: cannot write{where}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{script}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

@@ -78,7 +78,7 @@ def film_bank(
     """
     return FilmBank(
         films=load_films(FilmDataset(directory, rows, resolution, interpolation)),
-        latents=torch.from_numpy(posteriors.mean[list(places)]) * scaling_factor,
+        latents=posteriors.read(places)[0] * scaling_factor,
         input_ids=input_ids,
         seeds=[derive_seed("film noise", row["file_name"]) for row in rows],
         patients=[str(row.get("group") or row.get("patient_id") or row["file_name"]) for row in rows],

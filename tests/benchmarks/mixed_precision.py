@@ -25,8 +25,9 @@ from accelerate.state import AcceleratorState
 from utils.files import read_jsonl
 from utils.hardware import choose_mixed_precision, use_all_cores
 from utils.lora import add_lora
-from utils.pipeline import BUNDLED_BASE, ROOT, cast_frozen, load_base, tokenize
+from utils.pipeline import BUNDLED_BASE, ROOT, cast_frozen, load_base
 from utils.refusal import ArgumentParser
+from utils.tokens import tokenize
 
 PRECISIONS = ("bf16", "no")
 FILMS = 16

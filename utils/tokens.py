@@ -1,0 +1,60 @@
+"""Captions as the text encoder reads them: fitted into its window, tokenised once, whole or some of their sentences."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from utils.captions import fit, sentences_of
+
+
+def fit_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """Return captions whose length the tokenizer takes, longer ones cut after a sentence; see `captions.fit`."""
+    limit = tokenizer.model_max_length
+    return [fit(caption, lambda text: len(tokenizer(text, verbose=False).input_ids), limit) for caption in captions]
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Return the tokens of captions, fitted and padded to the model's length, int64 [N, L].
+
+    A sentence that is too long by itself is cut within.
+    """
+    options = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    return tokenizer(fit_captions(tokenizer, captions), return_tensors="pt", **options).input_ids
+
+
+class TokenizedCaptions:
+    """Captions tokenised once. Item i is the whole caption, as `tokenize` gives it, int64 [L]."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[str]):
+        self.whole = tokenize(tokenizer, captions)
+        self.sentences = [
+            [tokenizer(sentence, add_special_tokens=False, verbose=False).input_ids for sentence in sentences_of(text)]
+            for text in captions
+        ]
+        self.first, self.last, self.padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.whole[index]
+
+    def subset(self, index: int, dropout: float, seed: int) -> Tensor:
+        """Return a caption less some of its sentences, int64 [L].
+
+        The first, which names the view, stays; each other is left out with probability `dropout`, and so is what then
+        does not fit, from the end. A sentence that no window holds together with those before it so has its turn, too.
+
+        Args:
+            index: of the caption.
+            dropout: probability in [0, 1].
+            seed: of the draw.
+        """
+        first, *others = self.sentences[index]
+        draws = torch.rand(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+        kept, room = list(first), self.whole.shape[1] - 2
+        for sentence in (tokens for tokens, draw in zip(others, draws, strict=True) if draw >= dropout):
+            if len(kept) + len(sentence) > room:
+                break
+            kept += sentence
+        ids = [self.first, *kept[:room], self.last]
+        return torch.tensor(ids + [self.padding] * (self.whole.shape[1] - len(ids)))
