@@ -69,6 +69,53 @@ def test_optional_accelerators_are_not_needed_to_start() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
+@pytest.mark.parametrize("broken", [None, RuntimeError("no kernel image")])
+def test_a_bitsandbytes_that_does_not_run_is_named_and_replaced(broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing, or there and failing at its first step."""
+    if broken is None:
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    else:
+        from bitsandbytes.optim import AdamW8bit
+
+        monkeypatch.setattr(AdamW8bit, "step", lambda *_: (_ for _ in ()).throw(broken))
+    with pytest.warns(UserWarning, match="bitsandbytes does not run here"):
+        assert hardware.choose_adamw(True, torch.device("cpu")) is torch.optim.AdamW
+
+
+def test_the_largest_batch_that_fits_divides_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def attempt(batch_size: int) -> None:
+        tried.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    assert hardware.largest_batch_size(attempt, films=12) == 4
+    assert tried == [12, 6, 4]
+
+
+def test_a_film_that_does_not_fit_is_refused_and_other_errors_are_ours() -> None:
+    def too_large(_: int) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(Refused, match="one film at a time"):
+        hardware.largest_batch_size(too_large, films=4)
+
+    def wrong(_: int) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        hardware.largest_batch_size(wrong, films=4)
+
+
+def test_out_of_memory_says_what_to_lower() -> None:
+    advise = hardware.explain_out_of_memory
+    with pytest.raises(Refused, match="out of memory while training; lower --x"), advise("training", "lower --x"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    with pytest.raises(RuntimeError, match="shapes"), advise("training", "lower --x"):
+        raise RuntimeError("shapes do not match")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_from_ampere_on_has_native_bf16() -> None:

@@ -10,16 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import latents
 from utils.boxes import box_loss_weights
 from utils.latents import (
     Posteriors,
     TrainingStream,
     cache_posteriors,
+    channel_statistics,
     deal_positions,
     encode,
     epoch_order,
     mean_film,
     posterior_key,
+    prefetch,
 )
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
@@ -161,3 +164,73 @@ def test_films_that_are_no_squares_are_squared_as_download_would(tmp_path: Path,
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}) + "\n")
     rows = read_metadata(tmp_path / "data")
     assert cache_posteriors(tmp_path / "data", rows, vae, tmp_path, 64).mean.shape == (1, 4, 8, 8)
+
+
+def test_a_build_that_was_killed_goes_on_where_it_was(
+    vae, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch by batch: what is whole is kept, a batch that is not is encoded again as it was."""
+    rows, calls = read_metadata(tiny_data), []
+    unbroken = cache_posteriors(tiny_data, rows, vae, tmp_path / "unbroken", 64, batch_size=7)
+
+    def count(*args):
+        calls.append(len(args[1]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode", count)
+    with pytest.raises(KeyboardInterrupt):
+        cache_posteriors(tiny_data, rows, vae, tmp_path / "killed", 64, batch_size=7)
+    (partial,) = (tmp_path / "killed" / "latents").iterdir()
+    std = np.load(partial / "std.npy", mmap_mode="r+")
+    std[8] = 0  # a page of the second batch that never reached the disk
+    std.flush()
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path / "killed", 64, batch_size=7)
+    assert calls == [7, 7, 7, 7, 7, 7, 7, 5]
+    assert np.array_equal(cached.mean, unbroken.mean)
+    assert np.array_equal(cached.std, unbroken.std)
+    assert np.array_equal(cached.checksum, unbroken.checksum)
+
+
+def test_a_damaged_film_of_the_cache_is_refused(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    mean = np.load(cached.folder / "mean.npy", mmap_mode="r+")
+    mean[3, 0, 0, 0] += 1
+    mean.flush()
+    cached.read([2, 4])
+    with pytest.raises(Refused, match="film 3 .* is damaged; delete that folder"):
+        cached.read([2, 3])
+    (cached.folder / "std.npy").write_bytes(b"short")
+    with pytest.raises(Refused, match="no whole latent cache"):
+        cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+
+
+def test_channel_statistics_are_those_of_latents_drawn(vae, tiny_data: Path, tmp_path: Path) -> None:
+    rows = read_metadata(tiny_data)
+    cached = cache_posteriors(tiny_data, rows, vae, tmp_path, 64)
+    mean, std = cached.read(range(40))
+    generator = torch.Generator().manual_seed(0)
+    drawn = 0.5 * (mean + std * torch.randn(50, *mean.shape, generator=generator))
+    expected_mean, expected_sd = 0.5 * mean.mean(dim=(0, 2, 3)), drawn.transpose(0, 2).flatten(1).std(dim=1)
+    means, deviations = channel_statistics(cached, range(40), 0.5)
+    torch.testing.assert_close(torch.tensor(means, dtype=torch.float32), expected_mean)
+    torch.testing.assert_close(torch.tensor(deviations, dtype=torch.float32), expected_sd, rtol=1e-2, atol=0)
+
+
+def test_batches_are_read_ahead_in_order_and_errors_arrive() -> None:
+    read = []
+
+    def batches():
+        for number in range(5):
+            read.append(number)
+            yield {"number": number}
+        raise Refused("damaged")
+
+    stream = prefetch(batches(), ahead=2)
+    assert next(stream)["number"] == 0
+    assert [next(stream)["number"] for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(Refused, match="damaged"):
+        next(stream)
+    assert read == list(range(5))

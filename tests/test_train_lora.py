@@ -1,17 +1,19 @@
 """The training loop on a tiny model: what moves, what is kept, and that a broken run ends as an unbroken one."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_lora
 from tests.conftest import build_base
-from tests.training import read, train
+from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.files import write_jsonl
 from utils.lora import WEIGHTS_NAME
@@ -111,7 +113,12 @@ def test_a_validation_that_a_kill_cut_short_is_made_again(
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("extra", [[], ["--use_8bit_adam", "--rank", "256"]])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--use_8bit_adam", "--rank", "256"],
+     ["--use_ema", "--lora_dropout", "0.2", "--sentence_dropout", "0.5", "--input_perturbation", "0.1", "--noise_offset", "0.1",
+      "--loraplus_lr_ratio", "4", "--train_text_encoder_frac", "0.7", "--lr_scheduler", "cosine_with_restarts"]],
+)  # fmt: skip
 def test_a_resumed_run_ends_in_the_same_bytes(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, extra: list[str]
 ) -> None:
@@ -219,6 +226,84 @@ def test_drawing_samples_changes_no_weight_and_tells_the_tracker(
     assert list((tmp_path / "drawn" / "logs").rglob("events.*"))
 
 
+def test_the_moving_average_is_what_is_validated_and_kept(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Training itself goes on from the adapters, as if there were no average."""
+    more = (
+        "--max_train_steps",
+        "4",
+        "--validation_steps",
+        "2",
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "0",
+    )
+    train(tiny_base, tiny_data, tmp_path / "plain", *more)
+    train(tiny_base, tiny_data, tmp_path / "averaged", *more, "--use_ema")
+    shadow = None
+    for step in (1, 2, 3, 4):
+        _, plain = load_checkpoint(tmp_path / "plain" / f"checkpoint-{step}")
+        _, averaged = load_checkpoint(tmp_path / "averaged" / f"checkpoint-{step}")
+        assert all(torch.equal(plain["adapters"][name], tensor) for name, tensor in averaged["adapters"].items())
+        decay = 0 if step == 1 else 1 - step ** (-2 / 3)
+        new = list(averaged["adapters"].values())
+        shadow = [decay * old + (1 - decay) * tensor for old, tensor in zip(shadow or new, new, strict=True)]
+        torch.testing.assert_close(averaged["ema"]["shadow_params"], shadow)
+    best = read(tmp_path / "averaged" / "validation.jsonl")[-1]["best_step"]
+    _, averaged = load_checkpoint(tmp_path / "averaged" / f"checkpoint-{best}")
+    kept = load_file(tmp_path / "averaged" / WEIGHTS_NAME)
+    for name, tensor in zip(averaged["adapters"], averaged["ema"]["shadow_params"], strict=True):
+        name = name.replace(".default", "").replace("text_encoder.encoder", "text_encoder.text_model.encoder")
+        assert torch.equal(kept[name], tensor), name
+
+
+def test_a_batch_that_does_not_fit_is_split_into_micro_steps(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The films of a step stay the same, and so does what is learnt."""
+    train(tiny_base, tiny_data, tmp_path / "whole", "--max_train_steps", "3")
+
+    def check(attempt, films):
+        for size in (films, 1):
+            attempt(size)
+        return 2
+
+    monkeypatch.setattr(train_lora, "largest_batch_size", check)
+    seen = watch_run(tiny_base, tiny_data, tmp_path / "split", "--max_train_steps", "3", "--auto_batch_size")
+    whole, split = (read(tmp_path / name / "log.jsonl") for name in ("whole", "split"))
+    assert [row["loss"] for row in split] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    training = [len(inputs[0]) for mode, inputs in seen.text_encoder if True in mode]
+    assert training[-6:] == [2] * 6
+
+
+def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="--auto_batch_size"):
+        patch.setattr(Accelerator, "backward", out_of_memory)
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="--validation_batch_size"):
+        patch.setattr(train_lora, "score_model", out_of_memory)
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+    usage = shutil.disk_usage(tmp_path)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Refused, match="checkpoints needs 0.00 GB in .*, where 0.00 GB"),
+    ):
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+
+
+def test_a_piecewise_constant_rate_follows_its_rules(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "4", "--lr_scheduler", "piecewise_constant",
+          "--lr_step_rules", "1:2,0.1:3,0.01")  # fmt: skip
+    rates = [row["lr"] for row in read(tmp_path / "run" / "log.jsonl")]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4])
+
+
 def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Epochs, mirrored films, noise offset, scaled rates, workers, fewer films; then the base comes from the record."""
     more = ["--num_train_epochs", "1", "--validation_epochs", "1", "--random_flip", "--center_crop", "--noise_offset",
@@ -250,6 +335,12 @@ def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_pa
         (["--pretrained_model_name_or_path", "/nowhere"], "assets/cxr-tiny"),
         (["--resume_from_checkpoint", "/nowhere"], "no checkpoint"),
         (["--box_loss_weight", "-1"], "--box_loss_weight -1"),
+        (["--train_text_encoder_frac", "2"], "--train_text_encoder_frac 2"),
+        (["--lora_dropout", "1"], "--lora_dropout 1"),
+        (["--ema_decay", "1"], "--ema_decay 1"),
+        (["--lr_scheduler", "piecewise_constant"], "--lr_step_rules None"),
+        (["--lr_step_rules", "1:10,0.1"], "--lr_scheduler cosine"),
+        (["--rescale_betas_zero_snr"], "v_prediction"),
         (["--box_loss_weight", "0.5"], "no film of .* has a box"),
     ],
 )

@@ -1,0 +1,77 @@
+"""A wish to leave: noted once, agreed upon, and, in real runs, a checkpoint of the step and an exit status that says so."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import flags, read, start
+from utils import interrupt
+from utils.checkpoint import checkpoint_steps
+from utils.interrupt import LeaveRequest
+from utils.lora import WEIGHTS_NAME
+
+
+@pytest.fixture
+def leave():
+    request = LeaveRequest(num_processes=1)
+    yield request
+    request.close()
+
+
+def test_a_signal_is_noted_and_the_next_one_is_not_waited_for(leave, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert leave.agreed() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)  # a launcher passes on what the terminal has sent already
+    assert leave.agreed() == signal.SIGTERM
+    monkeypatch.setattr(interrupt, "GRACE", 0.0)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert raised.value.args == (signal.SIGINT,)
+
+
+def test_work_that_is_done_again_anyway_is_left_at_once(leave) -> None:
+    with pytest.raises(KeyboardInterrupt), leave.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert leave.agreed() == 0
+    os.kill(os.getpid(), signal.SIGTERM)  # outside it is noted, and the next such work not begun
+    with pytest.raises(KeyboardInterrupt), leave.at_once():
+        pytest.fail("begun")
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    LeaveRequest(num_processes=1).close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, processes: int, number: int
+) -> None:
+    """On two processes only one of them gets the signal, and both leave after the same step."""
+    more = ["--max_train_steps", "40", "--checkpointing_steps", "1000", "--validation_steps", "40",
+            "--train_batch_size", str(4 // processes)]  # fmt: skip
+    output, run = tmp_path / "output.txt", tmp_path / "run"
+    assert start(processes, flags(tiny_base, tiny_data, tmp_path / "unbroken", *more), output).wait(300) == 0
+    process = start(processes, flags(tiny_base, tiny_data, run, *more), output)
+    while not (run / "log.jsonl").exists() and process.poll() is None:  # the first 25 steps are done
+        time.sleep(0.01)
+    assert process.poll() is None
+    if processes == 1:
+        os.kill(process.pid, number)
+        assert process.wait(60) == 128 + number
+    else:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), number)
+        assert process.wait(60) != 0
+    assert "interrupted; the same command goes on" in output.read_text()
+    (step,) = checkpoint_steps(run)
+    assert read(run / "log.jsonl")[-1]["step"] == step
+    assert 25 <= step < 40
+    assert start(processes, flags(tiny_base, tiny_data, run, *more), output).wait(300) == 0
+    for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
+        assert (run / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
