@@ -7,18 +7,33 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 
 from utils.images import load_film
-from utils.lora import UNET_TARGETS, WEIGHTS_NAME, adapter_state, add_lora, find_adapter, read_adapter, save_adapter
+from utils.lora import (
+    UNET_TARGETS,
+    WEIGHTS_NAME,
+    adapter_state,
+    add_lora,
+    find_adapter,
+    parameter_groups,
+    read_adapter,
+    save_adapter,
+    trainable_tensors,
+)
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
 from utils.refusal import Refused
+from utils.validation import eval_mode
 
 
-def trained(tiny_base: Path, rank: int = 4, alpha: float = 4.0, targets: str = "attention"):
+def trained(
+    tiny_base: Path, rank: int = 4, alpha: float = 4.0, targets: str = "attention", use_dora: bool = False, **options
+):
     """A base with adapters that do something: B is no longer zero."""
     base = load_base(str(tiny_base))
-    parameters = add_lora(base.unet, rank, alpha, 1, targets) + add_lora(base.text_encoder, rank, alpha, seed=2)
+    parameters = add_lora(base.unet, rank, alpha, 1, targets, use_dora=use_dora, **options)
+    parameters += add_lora(base.text_encoder, rank, alpha, seed=2, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:
@@ -176,3 +191,113 @@ def test_pickled_bases_are_refused_and_folders_without_one(tiny_base: Path, tmp_
 def test_stock_pipelines_are_saved_and_loaded_by_diffusers_itself(tiny_base: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(tiny_base)
     assert torch.equal(stock.unet.conv_in.weight, load_base(str(tiny_base)).unet.conv_in.weight)
+
+
+def outputs(unet, text_encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both models make of the same captions, latents and timesteps."""
+    generator = torch.Generator().manual_seed(4)
+    input_ids = torch.randint(text_encoder.config.vocab_size, (2, 77), generator=generator)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    with eval_mode(unet, text_encoder):
+        encoder_hidden_states = text_encoder(input_ids)[0]
+        return encoder_hidden_states, unet(latents, torch.tensor([20, 700]), encoder_hidden_states).sample
+
+
+VARIANTS = {
+    "alpha_is_twice_the_rank": dict(alpha=8.0),
+    "rslora": dict(alpha=6.0, use_rslora=True),
+    "dora": dict(use_dora=True),
+    "dora_rslora_alpha_dropout": dict(alpha=6.0, use_rslora=True, use_dora=True, dropout=0.2),
+    "averaged": dict(alpha=6.0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("targets", UNET_TARGETS)
+def test_what_a_stock_pipeline_loads_computes_what_was_trained(
+    tiny_base: Path, tmp_path: Path, targets: str, variant: str
+) -> None:
+    base = trained(tiny_base, targets=targets, **VARIANTS[variant])
+    lora_parameters = list(trainable_tensors(unet=base.unet, text_encoder=base.text_encoder).values())
+    if variant == "averaged":
+        average = EMAModel(lora_parameters, decay=0.5)
+        average.step(lora_parameters)  # its first step only copies
+        with torch.no_grad():
+            for parameter in lora_parameters:
+                parameter.mul_(1.2)
+        average.step(lora_parameters)
+        live = outputs(base.unet, base.text_encoder)
+        average.store(lora_parameters)
+        average.copy_to(lora_parameters)
+    ours = outputs(base.unet, base.text_encoder)
+    save_adapter(tmp_path / WEIGHTS_NAME, adapter_state(base.unet, base.text_encoder), {})
+    if variant == "averaged":
+        average.restore(lora_parameters)
+        assert all(map(torch.equal, outputs(base.unet, base.text_encoder), live))
+        assert not any(map(torch.equal, ours, live))
+
+    stock = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    bare = outputs(stock.unet, stock.text_encoder)
+    stock.load_lora_weights(tmp_path)
+    for theirs, our, base_output in zip(outputs(stock.unet, stock.text_encoder), ours, bare, strict=True):
+        assert (theirs - our).abs().max() <= 1e-4 * our.abs().max()
+        assert (base_output - our).abs().max() > 1e-1 * our.abs().max()
+
+
+def test_dora_on_the_text_encoder_is_refused_as_loaders_drop_it(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base))
+    with pytest.raises(Refused, match="UNet only"):
+        add_lora(base.text_encoder, 4, 4, seed=0, use_dora=True)
+    assert add_lora(base.text_encoder, 0, 0, seed=0, use_dora=True) == []
+
+
+@pytest.mark.parametrize("targets", UNET_TARGETS)
+def test_dora_trains_in_fp32_on_a_bf16_base(tiny_base: Path, targets: str) -> None:
+    unet = load_base(str(tiny_base)).unet
+    parameters = add_lora(unet, 4, 4, 0, targets, dropout=0.1, use_dora=True)
+    cast_frozen(unet, "bf16")
+    kinds = {"lora_A", "lora_B", "lora_magnitude_vector"}
+    by_kind = {kind: [p for name, p in unet.named_parameters() if f".{kind}." in name] for kind in kinds}
+    assert sum(len(tensors) for tensors in by_kind.values()) == len(parameters) == 3 * len(by_kind["lora_A"])
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    unet.train()
+    for _ in range(2):  # the first step leaves A where it is, as B is zero
+        with torch.autocast("cpu", torch.bfloat16):
+            model_pred = unet(torch.ones(1, 4, 8, 8), 500, torch.ones(1, 77, 32)).sample
+        model_pred.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    assert not any(map(torch.equal, before, parameters))
+
+
+def test_dropout_acts_in_training_alone(tiny_base: Path) -> None:
+    unet = trained(tiny_base, dropout=0.5).unet
+    inputs = torch.ones(1, 4, 8, 8), 500, torch.ones(1, 77, 32)
+    with torch.no_grad():
+        assert torch.equal(unet.eval()(*inputs).sample, unet(*inputs).sample)
+        assert not torch.equal(unet.train()(*inputs).sample, unet(*inputs).sample)
+
+
+def test_lora_plus_trains_b_alone_faster(tiny_base: Path) -> None:
+    unet = load_base(str(tiny_base)).unet
+    parameters = add_lora(unet, 4, 4, 0, "convolutions", use_dora=True)
+    slow, fast = parameter_groups(unet, 1e-3, 16.0)
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    assert (slow["lr"], fast["lr"]) == (1e-3, 1.6e-2)
+    assert all(".lora_B." in names[parameter] for parameter in fast["params"])
+    assert not any(".lora_B." in names[parameter] for parameter in slow["params"])
+    assert {*slow["params"], *fast["params"]} == set(parameters)
+    torch.optim.AdamW([slow, fast])
+
+
+def test_without_lora_plus_there_is_one_group_in_the_models_order(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base))
+    parameters = add_lora(base.unet, 4, 4, seed=0)
+    (group,) = parameter_groups(base.unet, 1e-3)
+    assert group["lr"] == 1e-3
+    assert all(a is b for a, b in zip(group["params"], parameters, strict=True))
+    add_lora(base.text_encoder, 0, 0, seed=0)
+    assert parameter_groups(base.text_encoder, 1e-3, 16.0) == []

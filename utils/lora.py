@@ -1,6 +1,7 @@
 """Low-rank adapters on the UNet and the text encoder: put on, saved, read (Hu et al. 2021, arXiv:2106.09685)."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -45,19 +46,49 @@ def add_lora(
         alpha: the update is scaled by alpha / rank.
         seed: of A.
         targets: which layers of a UNet: a key of UNET_TARGETS. Of a text encoder it is always the attention.
+        dropout: share of the inputs of A that training sets to zero, in [0, 1).
+        use_rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: also train the length of each row of W + B A (Liu et al. 2024, arXiv:2402.09353). Of a UNet only.
 
     Returns:
         The trainable parameters, a list: an iterator would be empty by the time gradients are clipped.
+
+    Raises:
+        Refused: for DoRA on a text encoder, whose lengths every loader of Stable Diffusion drops without a word.
     """
     model.requires_grad_(False)
     if rank == 0:
         return []
-    layers = UNET_TARGETS[targets] if isinstance(model, UNet2DConditionModel) else TEXT_ENCODER_TARGETS
+    is_unet = isinstance(model, UNet2DConditionModel)
+    if use_dora and not is_unet:
+        raise Refused("DoRA on a text encoder is lost when diffusers loads it; expected DoRA on the UNet only")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora,
+        init_lora_weights="gaussian", target_modules=UNET_TARGETS[targets] if is_unet else TEXT_ENCODER_TARGETS,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers))
+        model.add_adapter(config)
     cast_training_params(model, dtype=torch.float32)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict]:
+    """Return an optimizer's groups for the adapters of a model, none where nothing is trained.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) trains B, which starts at zero, faster than A.
+
+    Args:
+        model: with adapters.
+        learning_rate: of A and of the lengths of DoRA.
+        loraplus_ratio: the rate of B over that of A. 1 keeps one group, in the order of `model.parameters()`.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = {name: learning_rate * (loraplus_ratio if ".lora_B." in name else 1) for name, _ in trained}
+    return [
+        {"params": [parameter for name, parameter in trained if rates[name] == rate], "lr": rate}
+        for rate in dict.fromkeys(rates.values())
+    ]
 
 
 def trainable_tensors(**models: nn.Module) -> dict[str, nn.Parameter]:
@@ -73,6 +104,7 @@ def trainable_tensors(**models: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_state(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     """Return the adapters under the names that every loader knows, fp32 on the CPU, B scaled so that alpha = rank.
 
+    Weights are those of the moment: for averaged ones call it while they are copied in.
     transformers from 5.6 on names `encoder...` what files name `text_model.encoder...`; the latter is written.
     """
     state = {}
@@ -80,11 +112,13 @@ def adapter_state(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> di
         config = getattr(model, "peft_config", {}).get("default")
         if config is None:
             continue
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False, unwrap_compiled=True)
+        for name, tensor in tensors.items():
             if prefix == "text_encoder." and not name.startswith("text_model."):
                 name = f"text_model.{name}"
-            scale = config.lora_alpha / config.r if ".lora_B." in name else 1
-            state[prefix + name] = (tensor.detach().float().cpu() * scale).contiguous()
+            factor = scaling if ".lora_B." in name else 1
+            state[prefix + name] = (tensor.detach().float().cpu() * factor).contiguous()
     return state
 
 
