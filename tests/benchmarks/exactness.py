@@ -426,8 +426,10 @@ def said(output: Path) -> str:
 
 
 def tail(output: Path, num_lines: int = 30) -> str:
-    """Return the last lines that were on the screen, indented."""
-    return "\n".join(f"    | {line}" for line in said(output).rstrip().split("\n")[-num_lines:])
+    """Return the last lines of the screen at the end, indented: of a progress bar its last state."""
+    text = output.read_text(encoding="utf-8", errors="replace").rstrip()
+    lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+    return "\n".join(f"    | {line}" for line in lines[-num_lines:])
 
 
 if __name__ == "__main__":
