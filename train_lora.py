@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -53,6 +54,7 @@ from utils.checkpoint import (
 )
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
+from utils.export import save_kohya, verify_adapter
 from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_bytes, write_json
 from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import (
@@ -69,11 +71,13 @@ from utils.hub import push
 from utils.interrupt import LeaveRequest
 from utils.latents import TrainingStream, cache_posteriors, channel_statistics, deal_positions, mean_film, prefetch
 from utils.lora import (
+    KOHYA_NAME,
     UNET_TARGETS,
     WEIGHTS_NAME,
     adapter_state,
     add_lora,
     parameter_groups,
+    read_adapter,
     save_adapter,
     trainable_tensors,
 )
@@ -166,7 +170,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="share of the steps after which it is left as it is [1]",
     )
     add("--lora_dropout", type=float, default=0.0, help="share of an adapter's inputs that a step leaves out [0]")
-    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), for ranks of 64 and more")
+    add(
+        "--use_rslora",
+        action="store_true",
+        help="scale by alpha / sqrt(rank) instead: sqrt(rank) times as much by default",
+    )
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
     add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
     add("--ema_decay", type=float, default=0.999, help="its decay, once it has warmed up [0.999]")
@@ -317,6 +325,10 @@ def check_args(args: argparse.Namespace) -> None:
             f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules}; expected piecewise_constant with "
             "rules such as 1:500,0.1:800,0.01, and no other with any"
         )
+    if args.export == "kohya" and args.use_dora:
+        raise Refused(
+            "--export kohya with --use_dora; A1111 and ComfyUI compute DoRA otherwise, so leave out one of the two"
+        )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
@@ -337,8 +349,8 @@ def flush(
     names: list[str],
     stream: TrainingStream,
     films_a_step: int,
-) -> None:
-    """Read the losses of the last steps from the device, check them and write them to the log.
+) -> float:
+    """Read the losses of the last steps from the device, check them, write them to the log and return the last.
 
     Args:
         pending: a row a step; `loss` is a scalar tensor of this process, `grad_norm` one or a number, `position` that
@@ -355,15 +367,16 @@ def flush(
     """
     losses = accelerator.reduce(torch.stack([row["loss"] for row in pending]), "mean").tolist()
     norms = torch.stack([torch.as_tensor(row["grad_norm"]) for row in pending]).tolist()
-    rows = []
+    rows, refusal = [], None
     for row, loss, norm in zip(pending, losses, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
-            raise Refused(
+            refusal = Refused(
                 f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint is kept. Start afresh "
                 "(--resume_from_checkpoint none) at a lower --learning_rate or with --mixed_precision bf16 or no. Films "
                 f"of the step: {', '.join(films)}"
             )
+            break
         finite_norm = norm if math.isfinite(norm) else None
         rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": finite_norm})
     if accelerator.is_main_process:
@@ -372,6 +385,9 @@ def flush(
             accelerator.log(
                 {name: row[name] for name in ("loss", "lr", "grad_norm") if row[name] is not None}, row["step"]
             )
+    if refusal:
+        raise refusal
+    return losses[-1]
 
 
 def draw_samples(live: BaseModel, args: argparse.Namespace, accelerator: Accelerator, step: int) -> Image.Image:
@@ -546,10 +562,11 @@ def main(args: argparse.Namespace) -> None:
         use_dora=args.use_dora,
         **lora,
     )
+    share_of_rank = args.text_encoder_rank / args.rank  # the update of both models is scaled alike
+    text_encoder_alpha = args.lora_alpha * share_of_rank ** (0.5 if args.use_rslora else 1)
     text_encoder_parameters = add_lora(
-        text_encoder, args.text_encoder_rank, args.lora_alpha * args.text_encoder_rank / args.rank,
-        derive_seed(args.seed, "text_encoder"), **lora,
-    )  # fmt: skip
+        text_encoder, args.text_encoder_rank, text_encoder_alpha, derive_seed(args.seed, "text_encoder"), **lora
+    )
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
     if args.gradient_checkpointing:
@@ -619,10 +636,25 @@ def main(args: argparse.Namespace) -> None:
         if state is None:
             clear_run(run_dir)
         forget_after(run_dir, first_step, state is None or state["validated"])
+        prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
         write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
+
+    @lru_cache(maxsize=1)  # once a process: a fault in how files are written shows in the first of them
+    def check_adapter() -> None:
+        """Load the adapter that was just saved into a fresh stock pipeline and compare."""
+        difference, effect = verify_adapter(
+            run_dir / WEIGHTS_NAME,
+            base.name,
+            live_unet,
+            live_text_encoder,
+            args.revision,
+            args.variant,
+            args.cache_dir,
+        )
+        tqdm.write(f"loaded into a fresh pipeline the adapter is off by {difference:.0e}, its effect is {effect:.0e}")
 
     @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
     def validate(step: int) -> bool:
@@ -642,6 +674,7 @@ def main(args: argparse.Namespace) -> None:
                 header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": args.resolution}
                 header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
                 save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
+                check_adapter()
         if accelerator.is_main_process:
             append_jsonl(validation_log, [row])
             draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], read_jsonl(validation_log))
@@ -790,10 +823,11 @@ def main(args: argparse.Namespace) -> None:
         checkpoint_due = step % args.checkpointing_steps == 0
         leaving = leave.agreed()
         if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due or leaving:
-            flush(pending, accelerator, log, [row["file_name"] for row in training_rows], stream, films_a_step)
+            names = [row["file_name"] for row in training_rows]
+            loss_now = flush(pending, accelerator, log, names, stream, films_a_step)
             best = "-" if early_stopping.best is None else f"{early_stopping.best:.4f}"
             speed = films_a_step * (progress.format_dict["rate"] or 0)
-            progress.set_postfix(loss=f"{pending[-1]['loss'].item():.4f}", best_SSIM=best, films_s=f"{speed:.1f}")
+            progress.set_postfix(loss=f"{loss_now:.4f}", best_SSIM=best, films_s=f"{speed:.1f}")
             pending.clear()
         if validation_due or checkpoint_due or leaving:
             save(step, validated=not validation_due)
@@ -817,6 +851,9 @@ def main(args: argparse.Namespace) -> None:
         say(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
             f"{early_stopping.best:.4f}; {len(read_jsonl(log)) - first_step} steps in {seconds:.0f} s")  # fmt: skip
         say(f"adapter: {run_dir / WEIGHTS_NAME}")
+        if args.export == "kohya":
+            save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
+            say(f"for A1111 and ComfyUI: {run_dir / KOHYA_NAME}")
         if args.push_to_hub:
             say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
     accelerator.end_training()

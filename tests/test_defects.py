@@ -4,9 +4,7 @@ Each fails when its defect is put back. Hermetic: a tiny base, made-up films.
 """
 
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -20,12 +18,14 @@ from PIL import Image
 
 import train_lora
 from tests.conftest import build_base
-from tests.training import flags, read, start, train, watch_run
+from tests.test_lora import trained
+from tests.training import flags, kill, read, start, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.diffusion import min_snr_weights
+from utils.export import to_kohya
 from utils.images import load_film
 from utils.latents import TrainingStream, cache_posteriors
-from utils.lora import WEIGHTS_NAME
+from utils.lora import WEIGHTS_NAME, adapter_state
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 
@@ -115,6 +115,24 @@ def test_b6_a_resume_restores_the_text_encoder_and_adds_no_second_adapter(
     assert list(seen.base.text_encoder.peft_config) == ["default"]
 
 
+def test_b7_the_kohya_file_is_well_formed_where_the_text_encoder_is_trained(tiny_base: Path) -> None:
+    """diffusers' own trainer writes `..._to_k_lora.down.weight`, no alpha, and a text encoder that nobody finds."""
+    base = trained(tiny_base, alpha=6.0)
+    state = adapter_state(base.unet, base.text_encoder)
+    kohya = to_kohya(state)
+    layers = {name.split(".")[0] for name in kohya}
+    assert set(kohya) == {
+        f"{layer}.{part}" for layer in layers for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert len(kohya) == 3 * len(state) / 2
+    text = {layer for layer in layers if layer.startswith("lora_te_text_model_encoder_layers_")}
+    unet = {layer for layer in layers if layer.startswith("lora_unet_")}
+    assert text | unet == layers
+    assert "lora_te_text_model_encoder_layers_1_self_attn_out_proj" in text
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0" in unet
+    assert {kohya[f"{layer}.alpha"].item() for layer in layers} == {4.0}  # the rank: alpha / rank is in B
+
+
 def test_b8_a_text_encoder_that_stops_stays_stopped(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     """A rate set to zero in the optimizer is set back by the schedule's next step."""
     run = tmp_path / "run"
@@ -175,8 +193,7 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
             while process.poll() is None and checkpoint_steps(runs["killed"])[-1:] <= steps[-1:]:
                 time.sleep(0.01)
             time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
         assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(300) == 0
         for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
             assert (runs["killed"] / name).read_bytes() == (runs["unbroken"] / name).read_bytes(), name

@@ -152,6 +152,7 @@ def test_scale_zero_is_the_bare_base(tiny_base: Path) -> None:
     bare = generated(pipeline)
     put_on_adapter(pipeline, adapter_state(trained_base.unet, trained_base.text_encoder), 0.0)
     assert torch.equal(generated(pipeline), bare)
+    pipeline.enable_lora()
     pipeline.set_adapters("adapter", 1.0)
     assert torch.equal(generated(pipeline), generated(assemble(trained_base)))
 

@@ -1,5 +1,6 @@
 """What tests of training share: short command lines, runs in this process and in others, and one run looked at closely."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
@@ -58,6 +60,18 @@ def start(processes: int, args: list[str], log: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, *args], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
     )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Send SIGKILL to a process and all that it started: torchrun's are in sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    launcher.suspend()  # else it could start one more
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
 
 
 def watch_run(base: Path, data: Path, run: Path, *more: str, **options) -> SimpleNamespace:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from utils.files import sync_folder, write_bytes, write_json
-from utils.lora import WEIGHTS_NAME
+from utils.lora import KOHYA_NAME, WEIGHTS_NAME
 from utils.refusal import Refused
 from utils.runlog import cut_back, differences
 
@@ -143,7 +143,8 @@ def forget_after(run: Path, step: int, validated: bool = True) -> None:
 
 def clear_run(run: Path) -> None:
     """Delete what an earlier run left in its folder, and only that."""
-    for name in ("log.jsonl", "validation.jsonl", "curves.png", "config.json", "README.md", WEIGHTS_NAME):
+    records = ("log.jsonl", "validation.jsonl", "curves.png", "config.json", "README.md")
+    for name in (*records, WEIGHTS_NAME, KOHYA_NAME):
         (run / name).unlink(missing_ok=True)
     for folder in [*run.glob("checkpoint-*"), run / "samples", run / "logs"]:
         shutil.rmtree(folder, ignore_errors=True)

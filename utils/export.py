@@ -16,7 +16,6 @@ from utils.lora import HEADER_KEY
 from utils.pipeline import assemble, load_base
 from utils.refusal import Refused
 
-KOHYA_NAME = "kohya_lora_weights.safetensors"
 STABLE_DIFFUSIONS = {768: "v1", 1024: "v2"}  # by the width of the text that the UNet attends to
 TOLERANCE = 1e-4  # of the adapter's effect on an output, or of a tenth of the output where that is more
 

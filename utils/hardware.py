@@ -39,9 +39,11 @@ def has_native_bf16() -> bool:
 def use_all_cores() -> None:
     """Share this machine's cores between its processes, where the user set no OMP_NUM_THREADS.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 where it finds no GPU, which would leave all cores but one idle.
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 by themselves, which would leave all cores but one idle.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    launched = not os.environ.keys().isdisjoint({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"})
+    told = os.environ.get("OMP_NUM_THREADS")
+    if told is None or (launched and told == "1"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

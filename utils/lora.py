@@ -18,6 +18,7 @@ from utils.files import canonical_json, write_bytes
 from utils.refusal import Refused
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "kohya_lora_weights.safetensors"  # the same for A1111 and ComfyUI
 HEADER_KEY = "chest_radiograph_lora"
 # Each preset adds to the one before it
 UNET_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
@@ -160,8 +161,3 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not any("lora" in name for name in state):
         raise Refused(f"{path} holds no LoRA: its first tensor is {min(state, default='missing')}")
     return state, header
-
-
-def parameter_groups(model: nn.Module, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [{"params": parameters, "lr": learning_rate}] if parameters else []

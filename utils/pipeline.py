@@ -199,6 +199,8 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
         reason = " ".join(str(error).split())[:160]
         raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
     pipeline.set_adapters("adapter", scale)
+    if scale == 0:  # DoRA renormalises the base's weights at any scale
+        pipeline.disable_lora()
 
 
 def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:

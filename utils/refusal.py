@@ -6,9 +6,11 @@ input, told in one line on stderr. A traceback therefore always means a fault of
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,8 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
         if len(message) > LONGEST:  # what to do about it stands at the end
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         print(f"{script}: {message}", file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it below its own traceback
+            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
         return 2
     except OSError as error:
         if error.errno not in UNUSABLE_DISK:

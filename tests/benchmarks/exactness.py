@@ -40,8 +40,8 @@ import psutil
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, build_base, build_data
-from tests.test_train_lora import flags, start
+from tests.conftest import build_base, build_data
+from tests.training import flags, kill, start
 from utils.checkpoint import TENSORS_NAME, checkpoint_steps
 from utils.files import read_jsonl
 from utils.refusal import ArgumentParser, run
@@ -101,9 +101,7 @@ def command(root: Path, run_dir: Path, processes: int, steps: int, *more: str) -
     """Return the command line of a run in `run_dir`; `more` wins over what stands here."""
     settings = ["--max_train_steps", steps, "--train_batch_size", FILMS_A_STEP // processes]
     settings += ["--validation_steps", VALIDATION_STEPS, "--checkpointing_steps", CHECKPOINTING_STEPS]
-    settings += ["--early_stopping_patience", 0]
-    if "--use_ema" in (ROOT / "train_lora.py").read_text(encoding="utf-8"):
-        settings += ["--use_ema"]
+    settings += ["--early_stopping_patience", 0, "--use_ema"]
     return flags(root / "base", root / "data", run_dir, *map(str, settings), *more)
 
 
@@ -117,18 +115,6 @@ def finish(processes: int, argv: list[str], output: Path) -> tuple[int, float]:
         kill(process)
         status = "no end"
     return status, time.perf_counter() - began
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Send SIGKILL to a process and all that it started: torchrun's are in sessions of their own."""
-    launcher = psutil.Process(process.pid)
-    launcher.suspend()  # else it could start one more
-    family = [launcher, *launcher.children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
 
 
 def shown(output: Path) -> int:
