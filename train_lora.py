@@ -35,12 +35,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import CLIPTextModel
 
 from utils.boxes import read_boxes
 from utils.card import model_card
@@ -98,7 +100,7 @@ from utils.report import contact_sheet, draw_curves, save_png
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
 from utils.tokens import TokenizedCaptions, fit_captions, tokenize
-from utils.validation import HEADLINE, eval_mode, film_bank, score_bounds, score_model, summarise
+from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_bounds, score_model, summarise
 
 # What a run takes where the command line is silent
 RECIPES = {
@@ -342,6 +344,120 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(f"--output_dir {args.output_dir} is a file; expected a folder")
 
 
+def load_films(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    base: BaseModel,
+    rows: list[dict],
+    training_rows: list[dict],
+    validation_rows: list[dict],
+) -> tuple[TrainingStream, FilmBank, dict]:
+    """Encode the films of all folds where no run has, and say what their latents and captions are like.
+
+    Returns:
+        The training films in their order, the validation films, and mean and standard deviation of the latents.
+    """
+    data_dir, tokenizer, scaling_factor = Path(args.train_data_dir), base.tokenizer, base.vae.config.scaling_factor
+    caching = dict(
+        directory=data_dir, rows=rows, vae=base.vae, cache_dir=Path(args.cache_dir or "cache"),
+        resolution=args.resolution, interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
+        num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone, owner=args.output_dir,
+    )  # fmt: skip
+    with explain_out_of_memory("encoding films", "lower --validation_batch_size"):
+        posteriors = cache_posteriors(**caching)
+        mirrored = cache_posteriors(**caching, mirrored=True) if args.random_flip else None
+    if args.random_flip:
+        accelerator.print(
+            "--random_flip: half of the films are mirrored, with their hearts on the right and their captions as before"
+        )
+    place = {row["file_name"]: i for i, row in enumerate(rows)}
+    training_places, validation_places = (
+        [place[row["file_name"]] for row in part] for part in (training_rows, validation_rows)
+    )
+    means, deviations = channel_statistics(posteriors, training_places, scaling_factor)
+    accelerator.print("latents by channel, where the base expects about 0 and 1: mean "
+                      f"{' '.join(f'{mean:.2f}' for mean in means)}, sd "
+                      f"{' '.join(f'{sd:.2f}' for sd in deviations)}")  # fmt: skip
+
+    captions = [row["text"] for row in training_rows]
+    fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
+    shortened = sum(map(str.__ne__, captions, fitted))
+    cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
+    accelerator.print(
+        f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within one"
+    )
+    boxes = read_boxes(data_dir, training_rows) if args.box_loss_weight else None
+    stream = TrainingStream(
+        posteriors, training_places, TokenizedCaptions(tokenizer, captions), args.seed, mirrored, boxes,
+        args.box_loss_weight, args.sentence_dropout,
+    )  # fmt: skip
+    input_ids = tokenize(tokenizer, [row["text"] for row in validation_rows])
+    bank = film_bank(
+        data_dir, validation_rows, posteriors, validation_places, input_ids, scaling_factor, args.resolution,
+        args.image_interpolation_mode,
+    )  # fmt: skip
+    return stream, bank, {"mean": means, "sd": deviations}
+
+
+def put_on_adapters(
+    args: argparse.Namespace, unet: UNet2DConditionModel, text_encoder: CLIPTextModel
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Freeze both models, put adapters on whose update is scaled alike in both, and return their parameters."""
+    options = dict(dropout=args.lora_dropout, use_rslora=args.use_rslora)
+    share_of_rank = args.text_encoder_rank / args.rank
+    text_encoder_alpha = args.lora_alpha * share_of_rank ** (0.5 if args.use_rslora else 1)
+    return (
+        add_lora(unet, args.rank, args.lora_alpha, derive_seed(args.seed, "unet"), args.lora_targets,
+                 use_dora=args.use_dora, **options),
+        add_lora(text_encoder, args.text_encoder_rank, text_encoder_alpha, derive_seed(args.seed, "text_encoder"),
+                 **options),
+    )  # fmt: skip
+
+
+def choose_kernels(
+    args: argparse.Namespace, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, device: torch.device
+) -> None:
+    """Switch on what the command line asks for and this machine can do; what it cannot is warned of, by name."""
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        if problem := xformers_problem():
+            warn_about_xformers(problem)
+        else:
+            unet.enable_xformers_memory_efficient_attention()
+    if args.compile:
+        if problem := compile_problem(device):
+            warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
+        else:
+            unet.compile_repeated_blocks(fullgraph=True)
+
+
+def split_batch(
+    args: argparse.Namespace, accelerator: Accelerator, live: BaseModel, latent_shape: tuple[int, ...], films: int
+) -> None:
+    """Set `train_batch_size` to the most films that fit into every process's memory, out of `films` a step."""
+
+    def attempt(batch_size: int) -> None:
+        """Take the memory of a micro-step."""
+        latents = torch.zeros(batch_size, *latent_shape, device=accelerator.device)
+        timesteps = torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
+        input_ids = tokenize(live.tokenizer, [""] * batch_size).to(accelerator.device)
+        with accelerator.autocast():
+            live.unet(latents, timesteps, live.text_encoder(input_ids)[0]).sample.float().mean().backward()
+        for model in (live.unet, live.text_encoder):
+            model.zero_grad()
+
+    fits = torch.tensor([largest_batch_size(attempt, films)], device=accelerator.device)
+    args.train_batch_size = int(accelerator.gather(fits).min())
+    args.gradient_accumulation_steps = films // args.train_batch_size
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    accelerator.print(
+        f"--auto_batch_size: {args.gradient_accumulation_steps} micro-steps of {args.train_batch_size} films a step"
+    )
+
+
 def flush(
     pending: list[dict],
     accelerator: Accelerator,
@@ -440,7 +556,7 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
 )
 def main(args: argparse.Namespace) -> None:
     check_args(args)
-    run_dir, data_dir, cache_dir = Path(args.output_dir), Path(args.train_data_dir), Path(args.cache_dir or "cache")
+    run_dir, data_dir = Path(args.output_dir), Path(args.train_data_dir)
 
     # Films: one fold is held out and a tenth of the other folds' patients validates
     rows = with_folds(read_metadata(data_dir, args.image_column, args.caption_column), group_by=args.group_by)
@@ -501,7 +617,7 @@ def main(args: argparse.Namespace) -> None:
     # The frozen base
     base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     base = with_schedule(base, args.prediction_type, args.rescale_betas_zero_snr)
-    noise_scheduler, tokenizer = base.noise_scheduler, base.tokenizer
+    noise_scheduler = base.noise_scheduler
     args.resolution = args.resolution or base.resolution
     if args.resolution % base.pixel_multiple:
         raise Refused(f"--resolution {args.resolution}; this base needs a multiple of {base.pixel_multiple}")
@@ -511,77 +627,16 @@ def main(args: argparse.Namespace) -> None:
         noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
     ).to(device)  # [T]
 
-    # Latents, once for all folds
-    caching = dict(
-        directory=data_dir, rows=rows, vae=vae, cache_dir=cache_dir, resolution=args.resolution,
-        interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
-        num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone, owner=str(run_dir),
-    )  # fmt: skip
-    with explain_out_of_memory("encoding films", "lower --validation_batch_size"):
-        posteriors = cache_posteriors(**caching)
-        mirrored = cache_posteriors(**caching, mirrored=True) if args.random_flip else None
-    if args.random_flip:
-        say(
-            "--random_flip: half of the films are mirrored, with their hearts on the right and their captions as before"
-        )
-    place = {row["file_name"]: i for i, row in enumerate(rows)}
-    training_places, validation_places = (
-        [place[row["file_name"]] for row in part] for part in (training_rows, validation_rows)
-    )
-    means, deviations = channel_statistics(posteriors, training_places, scaling_factor)
-    say("latents by channel, where the base expects about 0 and 1: mean "
-        f"{' '.join(f'{mean:.2f}' for mean in means)}, sd {' '.join(f'{sd:.2f}' for sd in deviations)}")  # fmt: skip
-
-    # Captions as tokens
-    captions = [row["text"] for row in training_rows]
-    fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
-    shortened = sum(map(str.__ne__, captions, fitted))
-    cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
-    say(f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within one")
-    stream = TrainingStream(
-        posteriors, training_places, TokenizedCaptions(tokenizer, captions), args.seed, mirrored,
-        read_boxes(data_dir, training_rows) if args.box_loss_weight else None, args.box_loss_weight, args.sentence_dropout,
-    )  # fmt: skip
-    bank = film_bank(
-        data_dir, validation_rows, posteriors, validation_places,
-        tokenize(tokenizer, [row["text"] for row in validation_rows]), scaling_factor, args.resolution,
-        args.image_interpolation_mode,
-    )  # fmt: skip
-    empty_ids = tokenize(tokenizer, [""]).to(device)  # [1, L]
+    # Latents, once for all folds, captions as tokens, and validation films with all that scoring them takes
+    stream, bank, latent_statistics = load_films(args, accelerator, base, rows, training_rows, validation_rows)
+    empty_ids = tokenize(base.tokenizer, [""]).to(device)  # [1, L]
 
     # Adapters in fp32 on layers of the base, whose UNet is cast to the precision of the arithmetic
     unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
-    lora = dict(dropout=args.lora_dropout, use_rslora=args.use_rslora)
-    unet_parameters = add_lora(
-        unet,
-        args.rank,
-        args.lora_alpha,
-        derive_seed(args.seed, "unet"),
-        args.lora_targets,
-        use_dora=args.use_dora,
-        **lora,
-    )
-    share_of_rank = args.text_encoder_rank / args.rank  # the update of both models is scaled alike
-    text_encoder_alpha = args.lora_alpha * share_of_rank ** (0.5 if args.use_rslora else 1)
-    text_encoder_parameters = add_lora(
-        text_encoder, args.text_encoder_rank, text_encoder_alpha, derive_seed(args.seed, "text_encoder"), **lora
-    )
+    unet_parameters, text_encoder_parameters = put_on_adapters(args, unet, text_encoder)
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.enable_xformers_memory_efficient_attention:
-        if problem := xformers_problem():
-            warn_about_xformers(problem)
-        else:
-            unet.enable_xformers_memory_efficient_attention()
-    if args.compile:
-        if problem := compile_problem(device):
-            warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
-        else:
-            unet.compile_repeated_blocks(fullgraph=True)
+    choose_kernels(args, unet, text_encoder, device)
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
     rate_factor = films_a_step if args.scale_lr else 1
@@ -627,7 +682,7 @@ def main(args: argparse.Namespace) -> None:
         "settings": settings, "train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir,
         "data_hash": set_hash, "num_folds": num_folds, "versions": package_versions(),
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
-        "latents": {"mean": means, "sd": deviations},
+        "latents": latent_statistics,
     }  # fmt: skip
     checkpoints = args.checkpoints_total_limit or max_train_steps // args.checkpointing_steps
     tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (4 if args.use_ema else 3)
@@ -645,15 +700,8 @@ def main(args: argparse.Namespace) -> None:
     @lru_cache(maxsize=1)  # once a process: a fault in how files are written shows in the first of them
     def check_adapter() -> None:
         """Load the adapter that was just saved into a fresh stock pipeline and compare."""
-        difference, effect = verify_adapter(
-            run_dir / WEIGHTS_NAME,
-            base.name,
-            live_unet,
-            live_text_encoder,
-            args.revision,
-            args.variant,
-            args.cache_dir,
-        )
+        saved, where = run_dir / WEIGHTS_NAME, (args.revision, args.variant, args.cache_dir)
+        difference, effect = verify_adapter(saved, base.name, live_unet, live_text_encoder, *where)
         tqdm.write(f"loaded into a fresh pipeline the adapter is off by {difference:.0e}, its effect is {effect:.0e}")
 
     @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
@@ -711,25 +759,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()
 
     if args.auto_batch_size:
-
-        def attempt(batch_size: int) -> None:
-            """Take the memory of a micro-step."""
-            latents = torch.zeros(batch_size, *bank.latents.shape[1:], device=device)
-            with accelerator.autocast():
-                encoder_hidden_states = live_text_encoder(empty_ids.expand(batch_size, -1))[0]
-                timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
-                live_unet(latents, timesteps, encoder_hidden_states).sample.float().mean().backward()
-            optimizer.zero_grad()
-
-        films = films_a_step // accelerator.num_processes
-        fits = torch.tensor([largest_batch_size(attempt, films)], device=device)
-        args.train_batch_size = int(accelerator.gather(fits).min())
-        args.gradient_accumulation_steps = films // args.train_batch_size
-        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-        say(
-            f"--auto_batch_size: {args.gradient_accumulation_steps} micro-steps of {args.train_batch_size} films a step"
-        )
-
+        split_batch(args, accelerator, live, bank.latents.shape[1:], films_a_step // accelerator.num_processes)
     leave = LeaveRequest(accelerator.num_processes)
     stopped = state is not None and state["finished"]
     if state is None or not state["validated"]:
@@ -778,18 +808,16 @@ def main(args: argparse.Namespace) -> None:
                 if args.noise_offset:
                     noise += args.noise_offset * randn_tensor((*latents.shape[:2], 1, 1), generators, device)
                 num_timesteps = noise_scheduler.config.num_train_timesteps
-                timesteps = torch.cat(
-                    [torch.randint(num_timesteps, (1,), generator=g, device=device) for g in generators]
-                )
+                draws = [torch.randint(num_timesteps, (1,), generator=g, device=device) for g in generators]
+                timesteps = torch.cat(draws)  # [B]
                 perturbed = noise
                 if args.input_perturbation:
                     perturbed = noise + args.input_perturbation * randn_tensor(noise.shape, generators, device)
                 noisy_latents = noise_scheduler.add_noise(latents, perturbed, timesteps)
 
                 # Condition on the caption, or for a share of the films on nothing (classifier-free guidance)
-                dropped = (
-                    torch.cat([torch.rand(1, generator=g, device=device) for g in generators]) < args.caption_dropout
-                )
+                draws = [torch.rand(1, generator=g, device=device) for g in generators]
+                dropped = torch.cat(draws) < args.caption_dropout  # [B]
                 input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
                 with torch.set_grad_enabled(step <= text_encoder_steps):
                     encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
