@@ -22,7 +22,7 @@ LAYERS = {
         "refusal", "report", "reports", "runlog", "seeding",
     },
     1: {"boxes", "diffusion", "distances", "hardware", "images", "metrics"},
-    2: {"checkpoint", "features", "findings", "latents", "lora", "pipeline", "validation"},
+    2: {"checkpoint", "decoder", "features", "findings", "latents", "lora", "pipeline", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
