@@ -129,9 +129,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(setting: dict, tmp_p
 
 def test_two_processes_and_micro_batches_give_the_result_of_one(setting: dict, tmp_path: Path) -> None:
     """Two processes are two threads here, each with an autoencoder of its own."""
-    gentle = dict(
-        max_train_steps=3, learning_rate=1e-4, num_looks=1
-    )  # Adam turns rounding into steps of the rate's size
+    gentle = dict(max_train_steps=3, learning_rate=1e-4, num_looks=1)  # Adam makes steps of its rate out of rounding
     alone, header = adapt(setting, tmp_path / "alone", **gentle)
     barrier, sent, vaes, headers = Barrier(2), {}, {}, {}
 
@@ -150,6 +148,7 @@ def test_two_processes_and_micro_batches_give_the_result_of_one(setting: dict, t
             num_processes=2,
             mean_over_processes=mean,
             micro_batch_size=1,
+            **gentle,
         )
 
     threads = [Thread(target=work, args=(index,)) for index in (0, 1)]
