@@ -194,10 +194,10 @@ def decoder_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
         return f"{stat['mean']:.{digits}f}{between}"
 
     part = metrics["vae_decoder"]
+    parts = {"round trip": part["ceiling"]}
+    parts |= {f"rebuilt from {strength}": figures for strength, figures in part["rebuilt"].items()}
     rows = []
-    for title, by_metric in {"round trip": part["ceiling"]} | {
-        f"rebuilt from {strength}": figures for strength, figures in part["rebuilt"].items()
-    }.items():
+    for title, by_metric in parts.items():
         for name, digits in (("ssim", 4), ("psnr", 2)):
             figures = by_metric[name]
             shares = [
