@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
 from utils.features import extract, load_encoder
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
 from utils.findings import (
@@ -55,10 +56,11 @@ from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, 
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, mse, psnr, ssim
-from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
+from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import (
     contact_sheet,
+    decoder_table,
     draw_noise_levels,
     followed_table,
     headline_table,
@@ -95,6 +97,11 @@ FOLLOWED_NOTE = (
     "says yes is calibrated on the training films. Nodules and masses are read under one label, zones are not read. 95 % "
     "intervals over films (Wilson)."
 )
+DECODER_NOTE = (
+    "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
+    "own; so the gains are of both. Films that are read for findings are decoded with it, the base's too. Normalised: from "
+    "the mean training film (0) to the round trip of the same decoder (1)."
+)
 SHOWN = 6  # films in films.png
 
 
@@ -110,6 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=216,
         help="films of each model read for the finding they were prompted with; 0: none [216]",
     )
+    add("--no_vae_decoder", action="store_true", help="decode with the base's own decoder, not the run's adapted one")
     add("--max_films", type=int, default=512, help="measure at most so many held-out films, drawn by --seed [512]")
     add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
 
@@ -152,6 +160,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     settings = config["settings"]
     adapter_file = find_adapter(run_dir)
     adapter, header = read_adapter(adapter_file)
+    decoder_file = None if args.no_vae_decoder else find_decoder(run_dir)
+    decoder, decoder_header = read_decoder(decoder_file) if decoder_file else ({}, {})
     data_dir = args.train_data_dir or Path(config["train_data_dir"])
 
     # The fold that was held out, and the training films that floors are fitted on
@@ -172,8 +182,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         use_all_cores()
         base.vae.enable_slicing()  # film by film: what the decoder computes then stays in the processor's cache
-    if settings["prediction_type"]:
-        base.noise_scheduler.register_to_config(prediction_type=settings["prediction_type"])
+    base = with_schedule(base, settings["prediction_type"], settings.get("rescale_betas_zero_snr", False))
     pipeline = assemble(base)
     put_on_adapter(pipeline, adapter)
     cast_frozen(base.unet, accelerator.mixed_precision)
@@ -200,13 +209,19 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     print(f"fold {config['fold']}: {len(bank)} held-out films of {len(set(bank.patients))} patients, "
           f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
 
-    # Every score by film: the adapter, the base without it, and what bounds them
+    # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
     scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size)
     with eval_mode(unet, text_encoder):
-        scores = {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
         pipeline.disable_lora()
-        scores |= {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        scores = {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
         pipeline.enable_lora()
+        if decoder:
+            films_before = score_model(bank, unet, text_encoder, **scored)
+            scores |= {f"own_decoder/{k}": v for k, v in films_before.items() if not k.startswith("mse")}
+            scores |= {f"own_decoder/{k}/ceiling": v for k, v in score_round_trip(bank, vae, args.batch_size).items()}
+            put_on_decoder(vae, decoder)
+            print(f"decoder {decoder_file}, fitted to radiographs; --no_vae_decoder takes the base's own")
+        scores |= {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
         mean = mean_film(data_dir, training_rows, resolution, settings["seed"], interpolation)
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
@@ -221,7 +236,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
             all_films = load_films(FilmDataset(data_dir, rows, resolution, interpolation))
-            means = torch.from_numpy(posteriors.mean[:]).to(device).split(args.batch_size)
+            means = posteriors.read(range(len(rows)))[0].to(device).split(args.batch_size)
             round_trip = torch.cat([decode(vae, mean * vae.config.scaling_factor) for mean in means])
             fitted = {row["file_name"] for row in training_rows}
             followed, findings_sheet = follow_prompts(
@@ -249,6 +264,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
         "versions": package_versions(),
     } | summarise(scores, bank.patients, noise_levels(noise_scheduler), args.seed)
+    if decoder:
+        file = {"sha256": sha256_file(decoder_file), "step": decoder_header.get("step")}
+        metrics["vae_decoder"] = file | summarise_decoder(scores, bank.patients, args.seed)
     if reads_findings:
         metrics["prompt_followed"] = followed
     write_jsonl(
@@ -271,6 +289,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
     tables = [headline_table(metrics)]
     parts = [html_table(*tables[0]), f"<p>{FREE_SAMPLES_NOTE}</p>", html_picture(output_dir / "noise_levels.png")]
+    if decoder:
+        tables.insert(0, decoder_table(metrics))
+        parts = [html_table(*tables[0]), f"<p>{DECODER_NOTE}</p>", *parts]
     if reads_findings:
         save_png(output_dir / "findings.png", findings_sheet)
         tables.insert(0, followed_table(metrics))
@@ -389,8 +410,7 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
     """
 
     def stat(values: Tensor) -> dict:
-        low, high = bootstrap_interval(values.tolist(), patients, seed)
-        return {"mean": values.mean().item(), "interval": None if np.isnan(low) else [low, high]}
+        return mean_with_interval(values, patients, seed)
 
     def compared(name: str) -> dict:
         adapter, base = scores[f"adapter/{name}"], scores[f"base/{name}"]
@@ -402,8 +422,9 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
         for name in ("ssim", "psnr"):
             figures = compared(f"{name}/{strength}") | {"noisy": stat(scores[f"bound/{name}/noisy/{strength}"])}
             floor, ceiling = (scores[f"bound/{name}/{bound}"].mean().item() for bound in ("mean_film", "ceiling"))
-            for model in ("adapter", "base"):
-                figures[f"{model}_normalised"] = (figures[model]["mean"] - floor) / (ceiling - floor)
+            own_ceiling = scores.get(f"own_decoder/{name}/ceiling", scores[f"bound/{name}/ceiling"]).mean().item()
+            for model, highest in (("adapter", ceiling), ("base", own_ceiling)):
+                figures[f"{model}_normalised"] = (figures[model]["mean"] - floor) / (highest - floor)
             rebuilt[str(strength)][name] = figures
     return {
         "rebuilt": rebuilt,
@@ -418,6 +439,37 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
             for name in METRICS
         },
     }
+
+
+def mean_with_interval(values: Tensor, patients: Sequence[str], seed: int) -> dict:
+    """Return the mean of one value a film and its 95 % interval by patient, None where there is only one."""
+    low, high = bootstrap_interval(values.tolist(), patients, seed)
+    return {"mean": values.mean().item(), "interval": None if np.isnan(low) else [low, high]}
+
+
+def summarise_decoder(scores: dict[str, Tensor], patients: Sequence[str], seed: int) -> dict:
+    """Return what the adapted decoder did, beside the base's own: to the ceiling, and to the adapter's rebuilt films.
+
+    Args:
+        scores, patients, seed: as `summarise` takes them, with "own_decoder/...": the adapter with the base's decoder.
+    """
+
+    def compared(own: Tensor, adapted: Tensor) -> dict:
+        pairs = {"own": own, "adapted": adapted, "gain": adapted - own}
+        return {name: mean_with_interval(values, patients, seed) for name, values in pairs.items()}
+
+    summary = {"ceiling": {}, "rebuilt": {str(strength): {} for strength in STRENGTHS}}
+    for name in ("ssim", "psnr"):
+        own, adapted = scores[f"own_decoder/{name}/ceiling"], scores[f"bound/{name}/ceiling"]
+        summary["ceiling"][name] = compared(own, adapted)
+        floor = scores[f"bound/{name}/mean_film"].mean().item()
+        for strength in STRENGTHS:
+            figures = compared(scores[f"own_decoder/{name}/{strength}"], scores[f"adapter/{name}/{strength}"])
+            for decoder, ceiling in (("own", own), ("adapted", adapted)):
+                share = (figures[decoder]["mean"] - floor) / (ceiling.mean().item() - floor)
+                figures[f"{decoder}_normalised"] = share
+            summary["rebuilt"][str(strength)][name] = figures
+    return summary
 
 
 def gain_of(name: str, adapter, base):
@@ -446,6 +498,10 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
     numbers = [fold["fold"] for fold in folds]
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
+    if len({frozenset(row) for row in films}) > 1:
+        raise Refused(
+            f"some folds in {out} have an adapted decoder and others none; evaluate them with --no_vae_decoder"
+        )
     if len({row["file_name"] for row in films}) < len(films):
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
 

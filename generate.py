@@ -30,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
 from utils.hardware import choose_mixed_precision, use_all_cores
 from utils.lora import find_adapter, read_adapter
@@ -42,6 +43,7 @@ from utils.pipeline import (
     load_base,
     put_on_adapter,
     sample,
+    with_schedule,
 )
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
@@ -63,6 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--lora", type=Path, help="adapter: a run's folder or a safetensors file [none: the bare base]")
     add("--lora_scale", type=float, default=1.0, help="weight of the adapter; 0 is the bare base [1]")
+    add("--no_vae_decoder", action="store_true", help="keep the base's decoder where one lies beside the adapter")
     add("--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [the adapter's own base]")
     add("--revision", help="branch, tag or commit of the base on the hub")
     add("--variant", help="infix of the base's weight files, such as fp16")
@@ -147,10 +150,11 @@ def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompt, args.prompts_file)
 
     # The base, and the adapter on it
-    adapter, header, adapter_file = {}, {}, None
+    adapter, header, adapter_file, decoder_file = {}, {}, None, None
     if args.lora is not None:
         adapter_file = find_adapter(args.lora)
         adapter, header = read_adapter(adapter_file)
+        decoder_file = None if args.no_vae_decoder else find_decoder(adapter_file)
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     if accelerator.device.type == "cpu":
         use_all_cores()
@@ -161,14 +165,15 @@ def main(args: argparse.Namespace) -> None:
         revision, variant = args.revision, args.variant
     base_name = canonical_name(base_name or header.get("base") or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
-    if trained.get("prediction_type"):
-        base.noise_scheduler.register_to_config(prediction_type=trained["prediction_type"])
+    base = with_schedule(base, trained.get("prediction_type"), trained.get("rescale_betas_zero_snr", False))
     resolution = args.resolution or header.get("resolution") or base.resolution
     if resolution % base.pixel_multiple:
         raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
     pipeline = assemble(base, args.scheduler)
     if adapter:
         put_on_adapter(pipeline, adapter, args.lora_scale)
+    if decoder_file is not None:
+        put_on_decoder(base.vae, read_decoder(decoder_file)[0])
     cast_frozen(base.unet, accelerator.mixed_precision)
     base.vae.to(accelerator.device)
     for model in (base.unet, base.text_encoder):
@@ -176,6 +181,8 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"base {base_name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}"
     )
+    if decoder_file is not None:
+        print(f"decoder {decoder_file}, fitted to radiographs; --no_vae_decoder takes the base's own")
 
     for prompt, fitted in zip(prompts, fit_captions(base.tokenizer, prompts), strict=True):
         if fitted != prompt:
@@ -186,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
         {
             "prompt": prompt, "seed": args.seed + j, "base": base_name, "base_revision": revision,
             "adapter_sha256": sha256_file(adapter_file) if adapter_file else None, "lora_scale": args.lora_scale,
+            "decoder_sha256": sha256_file(decoder_file) if decoder_file else None,
             "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
             "scheduler": args.scheduler, "resolution": resolution, "mixed_precision": accelerator.mixed_precision,
             "batch_size": args.batch_size,

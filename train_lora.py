@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -54,6 +54,7 @@ from utils.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from utils.decoder import adapt_decoder
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.export import save_kohya, verify_adapter
@@ -71,8 +72,17 @@ from utils.hardware import (
 )
 from utils.hub import push
 from utils.interrupt import LeaveRequest
-from utils.latents import TrainingStream, cache_posteriors, channel_statistics, deal_positions, mean_film, prefetch
+from utils.latents import (
+    FilmDataset,
+    TrainingStream,
+    cache_posteriors,
+    channel_statistics,
+    deal_positions,
+    mean_film,
+    prefetch,
+)
 from utils.lora import (
+    DECODER_NAME,
     KOHYA_NAME,
     UNET_TARGETS,
     WEIGHTS_NAME,
@@ -105,10 +115,12 @@ from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_bou
 # What a run takes where the command line is silent
 RECIPES = {
     "cxr-tiny": dict(
-        max_train_steps=1000, learning_rate=4e-3, text_encoder_lr=2e-3, lora_targets="feed_forward", snr_gamma=0.0
+        max_train_steps=1000, learning_rate=4e-3, text_encoder_lr=2e-3, lora_targets="feed_forward", snr_gamma=0.0,
+        adapt_decoder_lr=1e-3,
     ),
     "stable-diffusion": dict(
-        max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention", snr_gamma=5.0
+        max_train_steps=4000, learning_rate=1e-4, text_encoder_lr=1e-5, lora_targets="attention", snr_gamma=5.0,
+        adapt_decoder_lr=1e-4,
     ),
 }  # fmt: skip
 SAMPLE_PROMPTS = (
@@ -210,6 +222,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="share of a caption's sentences, but its first, left out [0]",
     )
 
+    add = parser.add_argument_group("decoder").add_argument
+    add(
+        "--adapt_decoder_steps",
+        type=int,
+        default=0,
+        help="steps of 8 films in which the autoencoder's decoder learns [0]",
+    )
+    add("--adapt_decoder_lr", type=float, help="its learning rate [1e-3 for the bundled base, else 1e-4]")
+
     add = parser.add_argument_group("optimisation").add_argument
     add("--train_batch_size", type=int, default=16, help="films a process and a micro-step [16]")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps an optimizer step [1]")
@@ -309,7 +330,7 @@ def check_args(args: argparse.Namespace) -> None:
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
         checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
         lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64, loraplus_lr_ratio=1e-12,
-        lr_num_cycles=1, lr_power=0, input_perturbation=0,
+        lr_num_cycles=1, lr_power=0, input_perturbation=0, adapt_decoder_steps=0, adapt_decoder_lr=0,
     )  # fmt: skip
     for name, smallest in least.items():
         value = getattr(args, name)
@@ -432,6 +453,35 @@ def choose_kernels(
             warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
         else:
             unet.compile_repeated_blocks(fullgraph=True)
+
+
+def fit_decoder(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    stream: TrainingStream,
+    training_rows: list[dict],
+    bank: FilmBank,
+    set_hash: str,
+) -> None:
+    """Fit the autoencoder's decoder to the training films, or put on the one that an earlier start of this run fitted."""
+    films = FilmDataset(Path(args.train_data_dir), training_rows, args.resolution, args.image_interpolation_mode)
+    record = {"base": args.pretrained_model_name_or_path, "fold": args.fold, "data_hash": set_hash}
+    films_at_a_time = min(8, max(1, 512 * 512 // args.resolution**2))
+    with explain_out_of_memory("adapting the decoder", "lower --resolution, or --adapt_decoder_steps 0"):
+        header = adapt_decoder(
+            Path(args.output_dir), vae, films, stream.posteriors, stream.films, bank, record,
+            max_train_steps=args.adapt_decoder_steps, learning_rate=args.adapt_decoder_lr,
+            micro_batch_size=films_at_a_time, seed=args.seed,
+            autocast=accelerator.autocast if accelerator.mixed_precision == "bf16" else nullcontext,
+            process_index=accelerator.process_index, num_processes=accelerator.num_processes,
+            mean_over_processes=lambda tensor: accelerator.reduce(tensor, "mean"),
+        )  # fmt: skip
+    before, after = header["validation"]["before"], header["validation"]["after"]
+    accelerator.print(
+        f"decoder: round trip of validation films from SSIM {before['ssim']:.4f}, PSNR {before['psnr']:.2f} dB to "
+        f"{after['ssim']:.4f}, {after['psnr']:.2f} dB: {Path(args.output_dir) / DECODER_NAME}"
+    )
 
 
 def split_batch(
@@ -689,11 +739,15 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
         if state is None:
-            clear_run(run_dir)
+            clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
         forget_after(run_dir, first_step, state is None or state["validated"])
         prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
         write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
+
+    # The decoder behind the latents, which stay what they are
+    if args.adapt_decoder_steps:
+        fit_decoder(args, accelerator, vae, stream, training_rows, bank, set_hash)
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
 
@@ -724,6 +778,9 @@ def main(args: argparse.Namespace) -> None:
                 save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
                 check_adapter()
         if accelerator.is_main_process:
+            first = row if step == 0 else read_jsonl(validation_log)[0]
+            floor, ceiling = (first["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))
+            row["ssim_normalised"] = (row["ssim"] - floor) / (ceiling - floor)
             append_jsonl(validation_log, [row])
             draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], read_jsonl(validation_log))
             if sheet is not None:

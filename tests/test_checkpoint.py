@@ -94,7 +94,7 @@ def test_a_finished_run_is_not_lost_by_accident(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="--overwrite"):
         start(tmp_path, wanted="none")
     assert start(tmp_path, wanted="none", overwrite=True)[0] is None
-    clear_run(tmp_path / "other")
+    clear_run(tmp_path / "other", keep_decoder=False)
     (tmp_path / "other" / WEIGHTS_NAME).touch()  # killed between its first adapter and its first checkpoint
     assert start(tmp_path / "other")[0] is None
     (tmp_path / "other" / "README.md").touch()  # finished, and its checkpoints deleted to save space
@@ -138,5 +138,5 @@ def test_clearing_a_run_takes_only_what_a_run_writes(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "log.jsonl").touch()
-    clear_run(tmp_path)
+    clear_run(tmp_path, keep_decoder=False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
 import evaluate
-from tests.test_train_lora import train
+from tests.training import train
+from utils.decoder import decoder_state
+from utils.files import sha256_file
 from utils.latents import cache_posteriors
+from utils.lora import DECODER_NAME
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
@@ -85,6 +89,40 @@ def test_evaluation_repeats_to_the_byte(runs: Path, tmp_path: Path) -> None:
         "--lora", runs / "fold0", "--num_inference_steps", "2", "--mixed_precision", "no", "--output_dir", tmp_path
     )
     for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (runs / "fold0" / "evaluation" / path.name).read_bytes(), path.name
+
+
+def test_an_adapted_decoder_is_scored_beside_the_bases_own(runs: Path, tiny_base: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "fold0", tmp_path / "fold0"))
+    quick = ("--lora", run, "--num_inference_steps", "2", "--mixed_precision", "no")
+    before = json.loads((run / "evaluation" / "metrics.json").read_text())
+    state = decoder_state(load_base(str(tiny_base)).vae)
+    state["decoder.conv_out.bias"] += 0.2
+    save_file(state, run / DECODER_NAME)
+    measure(*quick)
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    part = metrics["vae_decoder"]
+    assert part["sha256"] == sha256_file(run / DECODER_NAME)
+    for name in ("ssim", "psnr"):
+        ceiling = part["ceiling"][name]
+        assert ceiling["own"] == before["bounds"][name]["ceiling"]
+        assert ceiling["adapted"] == metrics["bounds"][name]["ceiling"] != ceiling["own"]
+        assert ceiling["gain"]["mean"] == pytest.approx(ceiling["adapted"]["mean"] - ceiling["own"]["mean"])
+        assert ceiling["gain"]["interval"][0] <= ceiling["gain"]["mean"] <= ceiling["gain"]["interval"][1]
+        figures, old = part["rebuilt"]["0.5"][name], before["rebuilt"]["0.5"][name]
+        assert figures["own"] == old["adapter"]
+        assert figures["own_normalised"] == pytest.approx(old["adapter_normalised"])
+        assert figures["adapted"] == metrics["rebuilt"]["0.5"][name]["adapter"] != old["adapter"]
+        assert metrics["rebuilt"]["0.5"][name]["base"] == old["base"], "the base keeps its own decoder"
+        assert metrics["rebuilt"]["0.5"][name]["base_normalised"] == pytest.approx(old["base_normalised"])
+    assert metrics["noise_prediction_mse"] == before["noise_prediction_mse"]
+    assert "the adapted decoder" in (run / "evaluation" / "report.html").read_text()
+
+    shutil.copytree(runs / "fold1", tmp_path / "fold1")
+    with pytest.raises(Refused, match="evaluate them with --no_vae_decoder"):
+        measure("--cross_validation", tmp_path)
+    measure(*quick, "--no_vae_decoder")
+    for path in sorted((run / "evaluation").iterdir()):
         assert path.read_bytes() == (runs / "fold0" / "evaluation" / path.name).read_bytes(), path.name
 
 

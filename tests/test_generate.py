@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import save_file
 
 import generate
+from utils.decoder import decoder_state
+from utils.files import sha256_file
+from utils.lora import DECODER_NAME, WEIGHTS_NAME, adapter_state, add_lora, save_adapter
+from utils.pipeline import load_base
 from utils.refusal import Refused
 
 PROMPTS = ("PA chest radiograph of a man.", "AP chest radiograph of a woman. Pneumonia.")
@@ -92,6 +97,32 @@ def test_prompts_come_from_a_file_too(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", PROMPTS[0]]))
     rows = make(tiny_base, tmp_path / "out", "--prompts_file", str(tmp_path / "prompts.txt"))
     assert [row["prompt"] for row in rows] == list(PROMPTS)
+
+
+def test_the_decoder_beside_an_adapter_is_used_named_and_switched_off(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = load_base(str(tiny_base))
+    add_lora(base.unet, 4, 4, seed=0)
+    adapter, decoder = tmp_path / "run" / WEIGHTS_NAME, tmp_path / "run" / DECODER_NAME
+    save_adapter(adapter, adapter_state(base.unet, base.text_encoder), {})
+    asked = [*asking(PROMPTS[0]), "--lora", str(adapter)]
+    (without,) = make(tiny_base, tmp_path / "without", *asked)
+    assert without["decoder_sha256"] is None and "vae_decoder" not in capsys.readouterr().out
+    state = decoder_state(base.vae)
+    state["decoder.conv_out.bias"] += 0.2
+    save_file(state, decoder)
+    (adapted,) = make(tiny_base, tmp_path / "adapted", *asked)
+    assert capsys.readouterr().out.count(f"decoder {decoder}") == 1
+    assert adapted["decoder_sha256"] == sha256_file(decoder)
+    assert Image.open(tmp_path / "adapted" / adapted["file_name"]).text["decoder_sha256"] == sha256_file(decoder)
+    brighter = pixels(tmp_path / "adapted", adapted) - pixels(tmp_path / "without", without)
+    assert 20 < brighter.mean() < 30  # 0.2 of the range from -1 to 1 is 25 grey levels
+    (switched_off,) = make(tiny_base, tmp_path / "off", *asked, "--no_vae_decoder")
+    assert switched_off == without
+    save_file({name: tensor[:2].clone() for name, tensor in state.items()}, decoder)
+    with pytest.raises(Refused, match="does not fit this base model .*--no_vae_decoder"):
+        make(tiny_base, tmp_path / "wrong", *asked)
 
 
 @pytest.mark.parametrize("scheduler", sorted(generate.SCHEDULERS))

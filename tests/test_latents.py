@@ -82,6 +82,19 @@ def test_a_cache_is_found_again_and_never_a_stale_one(vae, own_data: Path, tmp_p
     with torch.no_grad():
         other.encoder.conv_in.bias[0] += 1e-3
     assert posterior_key(own_data, rows, other, 64, "lanczos", False) != key
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        other.quant_conv.bias[0] += 1e-3
+    assert posterior_key(own_data, rows, other, 64, "lanczos", False) != key
+
+
+def test_the_decoder_does_not_change_the_cache(vae, tiny_data: Path) -> None:
+    rows, other = read_metadata(tiny_data), copy.deepcopy(vae)
+    with torch.no_grad():
+        other.decoder.conv_in.bias[0] += 1
+        other.post_quant_conv.bias[0] += 1
+    keys = {posterior_key(tiny_data, rows, model, 64, "lanczos", False) for model in (vae, other)}
+    assert len(keys) == 1
 
 
 def test_a_cache_of_another_size_and_an_unreadable_film_are_refused(vae, own_data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from utils.files import sync_folder, write_bytes, write_json
-from utils.lora import KOHYA_NAME, WEIGHTS_NAME
+from utils.lora import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.refusal import Refused
 from utils.runlog import cut_back, differences
 
@@ -141,11 +141,14 @@ def forget_after(run: Path, step: int, validated: bool = True) -> None:
     cut_back(run / "validation.jsonl", step if validated else step - 1)
 
 
-def clear_run(run: Path) -> None:
-    """Delete what an earlier run left in its folder, and only that."""
+def clear_run(run: Path, keep_decoder: bool) -> None:
+    """Delete what an earlier run left in its folder, and only that; not an adapted decoder that will be looked at."""
     records = ("log.jsonl", "validation.jsonl", "curves.png", "config.json", "README.md")
     for name in (*records, WEIGHTS_NAME, KOHYA_NAME):
         (run / name).unlink(missing_ok=True)
+    if not keep_decoder:
+        (run / DECODER_NAME).unlink(missing_ok=True)
+        shutil.rmtree(run / "decoder", ignore_errors=True)
     for folder in [*run.glob("checkpoint-*"), run / "samples", run / "logs"]:
         shutil.rmtree(folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)

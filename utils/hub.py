@@ -10,6 +10,8 @@ from utils.refusal import Refused
 # Named one by one, so that nothing else in the folder, such as a picture with patients' films, ever goes along
 UPLOADED = [
     "pytorch_lora_weights.safetensors",
+    "kohya_lora_weights.safetensors",
+    "vae_decoder.safetensors",
     "README.md",
     "config.json",
     "log.jsonl",

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -84,20 +84,29 @@ def mean_film(
 def posterior_key(
     directory: Path, rows: Sequence[dict], vae: AutoencoderKL, resolution: int, interpolation: str, mirrored: bool
 ) -> str:
-    """Return the name of a cache: a hash of everything its content depends on, so that a stale one is never found."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    """Return the name of a cache: a hash of everything its content depends on, so that a stale one is never found.
+
+    Of the autoencoder that is the encoder: another decoder leaves the posteriors as they are.
+    """
     parts = {
         "films": [row.get("sha256") or sha256_file(directory / row["file_name"]) for row in rows],
-        "vae": weights.hexdigest(),
+        "vae": hash_weights(vae, ("encoder.", "quant_conv.")),
         "resolution": resolution,
         "interpolation": interpolation,
         "mirrored": mirrored,
         "preprocessing": PREPROCESSING,
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:24]
+
+
+def hash_weights(model: nn.Module, prefixes: tuple[str, ...]) -> str:
+    """Return the SHA-256 of those weights of a model whose names begin so, whatever their type and device."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            weights.update(name.encode())
+            weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return weights.hexdigest()
 
 
 class Posteriors:

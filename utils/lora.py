@@ -19,6 +19,7 @@ from utils.refusal import Refused
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "kohya_lora_weights.safetensors"  # the same for A1111 and ComfyUI
+DECODER_NAME = "vae_decoder.safetensors"  # beside it, where the decoder is adapted, too
 HEADER_KEY = "chest_radiograph_lora"
 # Each preset adds to the one before it
 UNET_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}

@@ -17,17 +17,26 @@ WINDOW = 11  # pixels
 def ssim(films: Tensor, references: Tensor) -> Tensor:
     """Return the structural similarity of each film with its reference.
 
-    Averaged over the windows that lie wholly inside the film, as the paper and scikit-image do; torchmetrics' own
-    average counts windows on a reflected border too, which differ by up to 0.01.
-
     Args:
         films, references: uint8 [B, H, W], from 11 pixels a side.
 
     Returns:
         float32 [B], in [-1, 1].
     """
+    return ssim_of_grey(_unit(films), _unit(references))
+
+
+def ssim_of_grey(images: Tensor, references: Tensor) -> Tensor:
+    """Return the structural similarity of images with their references, differentiable, float32 [B], in [-1, 1].
+
+    Averaged over the windows that lie wholly inside the film, as the paper and scikit-image do; torchmetrics' own
+    average counts windows on a reflected border too, which differ by up to 0.01.
+
+    Args:
+        images, references: grey values about [0, 1], float32 [B, 1, H, W], from 11 pixels a side.
+    """
     _, maps = structural_similarity_index_measure(
-        _unit(films), _unit(references), sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
+        images, references, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
     )  # maps: [B, 1, H, W]
     border = WINDOW // 2
     return maps[..., border:-border, border:-border].mean(dim=(1, 2, 3))

@@ -186,6 +186,32 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def decoder_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what an adapted decoder did to the adapter's films; `metrics` as in `metrics.json`."""
+
+    def show(stat: dict, digits: int) -> str:
+        between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat["interval"] else ""
+        return f"{stat['mean']:.{digits}f}{between}"
+
+    part = metrics["vae_decoder"]
+    parts = {"round trip": part["ceiling"]}
+    parts |= {f"rebuilt from {strength}": figures for strength, figures in part["rebuilt"].items()}
+    rows = []
+    for title, by_metric in parts.items():
+        for name, digits in (("ssim", 4), ("psnr", 2)):
+            figures = by_metric[name]
+            shares = [
+                f"{figures[key]:.3f}" if key in figures else "" for key in ("own_normalised", "adapted_normalised")
+            ]
+            cells = [show(figures[key], digits) for key in ("own", "adapted", "gain")]
+            rows.append([f"{title}: {name.upper()}{', dB' if name == 'psnr' else ''}", *cells, *shares])
+    heads = [
+        "adapter with", "the base's decoder", "the adapted decoder", "gain, paired by film", "normalised, base's decoder",
+        "normalised, adapted decoder",
+    ]  # fmt: skip
+    return heads, rows
+
+
 def followed_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of how often prompts are followed, by finding; `metrics` as in `metrics.json`."""
 
