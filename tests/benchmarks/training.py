@@ -2,19 +2,23 @@
 
     python -m tests.benchmarks.training
 
-The peer is what `examples/text_to_image/train_text_to_image_lora.py` of diffusers does in a step, written anew: films are
-opened, brought to size and tokenised as they are needed, encoded by the autoencoder, and the loss is read from the device
-twice. It trains the UNet only; the peer here trains the text encoder too, as the advanced script of that library does, and
-clips the gradients of both, which that one does and the other means to, so that both sides train the same parameters. Ours is
-the step of train_lora.py, first without what it saves and then with one saving more a row; `ours` has each beside what it
-saves. Both train adapters of rank 16 on the attention of the bundled base, on the demo set, eight films at a time.
+The peer is what `examples/text_to_image/train_text_to_image_lora.py` of diffusers does in a step, written anew: films
+are opened, brought to size and tokenised as they are needed, encoded by the autoencoder, and the loss is read from the
+device twice. That script trains the UNet only; the peer trains the text encoder too, as diffusers' advanced script
+does, and clips both, so that both sides do the same to the same parameters. (The script's own clipping gets an
+iterator that is used up, and clips nothing.) Ours is the step of train_lora.py, first without what it saves and then
+with one saving more a row; `ours` has each saving beside what the peer does instead. Both train adapters of rank 16 on
+the attention of the bundled base, on the demo set, eight films at a time.
 
-The loss comes first: rows of one precision draw the same noise and have to agree to rounding; the peer draws its own, so
-over 200 steps its mean may be two standard errors from ours. Whether ours is still train_lora.py's is asked of that script:
-its log has to hold the same losses. Then the bars: ours is twice as fast as the peer in fp32; in bf16, where the machine
-computes in it, four times as fast as the peer in fp32; and 50,000 films in the cache cost the time and the memory that 500
-cost, to 10 % and 20 MB. Each row is a process of its own; they take turns of five steps. Memory is what is the process's
-own (RssAnon), without the pages of the cache's file. Seven minutes on two cores.
+The losses come first: rows of one precision draw the same noise and have to agree to rounding; the peer draws its own,
+so over 200 steps its mean may be two standard errors from ours. Whether ours is still train_lora.py's is asked of that
+script: its log has to hold the same losses. Then the bars: ours is twice as fast as the peer in fp32; in bf16, where
+the machine computes in it, four times as fast as the peer in fp32; and 50,000 films in the cache take the time and the
+memory that 500 take, to 10 % and 20 MB.
+
+Each row is a process of its own; they take turns of five steps. Memory is what is a process's own (RssAnon), without
+the pages of the cache's files. "processor ms" is a film's share of the time of all threads, which says more where
+others use the machine. Six minutes on two quiet cores.
 """
 
 import argparse
