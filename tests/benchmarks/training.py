@@ -463,7 +463,8 @@ def compare_with_script(data_dir: Path, cache_dir: Path, run_dir: Path, snr_gamm
         "--rank", RANK, "--text_encoder_rank", RANK, "--lora_targets", "attention", "--train_batch_size", BATCH,
         "--learning_rate", LEARNING_RATE, "--text_encoder_lr", TEXT_ENCODER_LR, "--lr_scheduler", "constant",
         "--lr_warmup_steps", 0, "--caption_dropout", 0, "--snr_gamma", snr_gamma, "--max_train_steps", FIRST_STEPS,
-        "--validation_steps", FIRST_STEPS, "--max_validation_samples", 2, "--num_validation_images", 0, "--report_to", "none",
+        "--validation_steps", FIRST_STEPS, "--max_validation_samples", 2,
+        "--num_validation_images", 0, "--report_to", "none",
     )  # fmt: skip
     contender = start("the script's", ours, (demo_stream, data_dir, cache_dir, True), tuple(SAVINGS), "no", snr_gamma)
     take(contender, FIRST_STEPS)
