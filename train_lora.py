@@ -109,7 +109,7 @@ from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_curves, save_png
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
-from utils.tokens import TokenizedCaptions, fit_captions, tokenize
+from utils.tokens import TokenizedCaptions, tokenize
 from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_bounds, score_model, summarise
 
 # What a run takes where the command line is silent
@@ -401,17 +401,12 @@ def load_films(
                       f"{' '.join(f'{mean:.2f}' for mean in means)}, sd "
                       f"{' '.join(f'{sd:.2f}' for sd in deviations)}")  # fmt: skip
 
-    captions = [row["text"] for row in training_rows]
-    fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
-    shortened = sum(map(str.__ne__, captions, fitted))
-    cut = sum(len(tokenizer(caption, verbose=False).input_ids) > limit for caption in fitted)
-    accelerator.print(
-        f"{shortened} of {len(captions)} captions lose sentences beyond {limit} tokens; {cut} are cut within one"
-    )
+    captions = TokenizedCaptions(tokenizer, [row["text"] for row in training_rows], args.sentence_dropout > 0)
+    accelerator.print(f"{captions.num_shortened} of {len(training_rows)} captions lose sentences beyond "
+                      f"{tokenizer.model_max_length} tokens; {captions.num_cut} are cut within one")  # fmt: skip
     boxes = read_boxes(data_dir, training_rows) if args.box_loss_weight else None
     stream = TrainingStream(
-        posteriors, training_places, TokenizedCaptions(tokenizer, captions), args.seed, mirrored, boxes,
-        args.box_loss_weight, args.sentence_dropout,
+        posteriors, training_places, captions, args.seed, mirrored, boxes, args.box_loss_weight, args.sentence_dropout,
     )  # fmt: skip
     input_ids = tokenize(tokenizer, [row["text"] for row in validation_rows])
     bank = film_bank(
@@ -463,8 +458,12 @@ def fit_decoder(
     training_rows: list[dict],
     bank: FilmBank,
     set_hash: str,
-) -> None:
-    """Fit the autoencoder's decoder to the training films, or put on the one that an earlier start of this run fitted."""
+) -> dict:
+    """Fit the autoencoder's decoder to the training films, or put on the one that an earlier start of this run fitted.
+
+    Returns:
+        SSIM and PSNR of the validation films' round trip `before` and `after`.
+    """
     films = FilmDataset(Path(args.train_data_dir), training_rows, args.resolution, args.image_interpolation_mode)
     record = {"base": args.pretrained_model_name_or_path, "fold": args.fold, "data_hash": set_hash}
     films_at_a_time = min(8, max(1, 512 * 512 // args.resolution**2))
@@ -482,6 +481,7 @@ def fit_decoder(
         f"decoder: round trip of validation films from SSIM {before['ssim']:.4f}, PSNR {before['psnr']:.2f} dB to "
         f"{after['ssim']:.4f}, {after['psnr']:.2f} dB: {Path(args.output_dir) / DECODER_NAME}"
     )
+    return {"before": before, "after": after}
 
 
 def split_batch(
@@ -732,7 +732,7 @@ def main(args: argparse.Namespace) -> None:
         "settings": settings, "train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir,
         "data_hash": set_hash, "num_folds": num_folds, "versions": package_versions(),
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
-        "latents": latent_statistics,
+        "latents": latent_statistics, "vae_decoder": None,
     }  # fmt: skip
     checkpoints = args.checkpoints_total_limit or max_train_steps // args.checkpointing_steps
     tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (4 if args.use_ema else 3)
@@ -747,7 +747,9 @@ def main(args: argparse.Namespace) -> None:
 
     # The decoder behind the latents, which stay what they are
     if args.adapt_decoder_steps:
-        fit_decoder(args, accelerator, vae, stream, training_rows, bank, set_hash)
+        config["vae_decoder"] = fit_decoder(args, accelerator, vae, stream, training_rows, bank, set_hash)
+        if accelerator.is_main_process:
+            write_json(run_dir / "config.json", config)
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
 

@@ -1,5 +1,6 @@
 """The training loop on a tiny model: what moves, what is kept, and that a broken run ends as an unbroken one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.conftest import build_base
 from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.files import write_jsonl
-from utils.lora import WEIGHTS_NAME
+from utils.lora import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, adapter_state
 from utils.refusal import Refused
 
 
@@ -352,3 +353,58 @@ def test_bad_input_is_refused_in_words(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Refused, match=message):
         train(tiny_base, tiny_data, tmp_path / "run", *extra)
+
+
+def test_an_adapted_decoder_is_part_of_the_run(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Validated with, recorded, put on again by a resume, and gone where the next run goes without."""
+    more = (
+        "--max_train_steps",
+        "2",
+        "--checkpointing_steps",
+        "1",
+        "--adapt_decoder_steps",
+        "20",
+        "--adapt_decoder_lr",
+        "3e-3",
+    )
+    run = tmp_path / "run"
+    train(tiny_base, tiny_data, run, *more)
+    config = json.loads((run / "config.json").read_text())
+    before, after = config["vae_decoder"]["before"], config["vae_decoder"]["after"]
+    assert after["ssim"] > before["ssim"]
+    validations = read(run / "validation.jsonl")
+    assert validations[0]["bounds"]["ssim"]["ceiling"] == pytest.approx(after["ssim"], abs=1e-5)
+    floor, ceiling = (validations[0]["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))
+    assert validations[-1]["ssim_normalised"] == (validations[-1]["ssim"] - floor) / (ceiling - floor)
+    assert "vae_decoder.safetensors" in (run / "README.md").read_text()
+
+    kept = {
+        name: (run / name).read_bytes() for name in (DECODER_NAME, WEIGHTS_NAME, "validation.jsonl", "config.json")
+    }
+    (run / "checkpoint-2").rename(run / "checkpoint-2.tmp")
+    seen = watch_run(tiny_base, tiny_data, run, *more)
+    assert all((run / name).read_bytes() == content for name, content in kept.items())
+    changed = {
+        name.split(".")[0]
+        for name, t in seen.base.vae.state_dict().items()
+        if not torch.equal(t, seen.before[f"vae.{name}"])
+    }
+    assert changed <= {"decoder", "post_quant_conv"} and "decoder" in changed
+
+    train(tiny_base, tiny_data, run, "--max_train_steps", "2", "--resume_from_checkpoint", "none", "--overwrite")
+    assert not (run / DECODER_NAME).exists()
+
+
+def test_an_adapter_that_its_file_does_not_give_back_is_an_error(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--max_train_steps", "2", "--lora_alpha", "8", "--export", "kohya")
+    train(tiny_base, tiny_data, tmp_path / "sound", *more)
+    assert load_file(tmp_path / "sound" / KOHYA_NAME)
+
+    def without_alpha(*models):
+        return {name: t / 2 if "lora_B" in name else t for name, t in adapter_state(*models).items()}
+
+    monkeypatch.setattr(train_lora, "adapter_state", without_alpha)
+    with pytest.raises(RuntimeError, match="does not give the trained model back"):
+        train(tiny_base, tiny_data, tmp_path / "wrong", *more)

@@ -33,7 +33,7 @@ pipeline = StableDiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("pytorch_lora_weights.safetensors")
 ```
 
-## Data
+{decoder}## Data
 
 {training} films to train on and {validation} to validate, of other patients; {held_out} films of fold {fold}, of yet
 other patients, were not touched. Source: {source}. Terms: {data_terms}.
@@ -64,6 +64,18 @@ Data: {data_terms}. {data_terms_in_full}
 """
 
 
+DECODER = """`vae_decoder.safetensors` is the autoencoder's decoder, fitted to the training films, encoder untouched: the round trip
+of the validation films went from SSIM {before[ssim]:.4f}, PSNR {before[psnr]:.2f} dB to {after[ssim]:.4f}, {after[psnr]:.2f} dB. The figures
+below are with it. To decode with it elsewhere:
+
+```python
+from safetensors.torch import load_file
+pipeline.vae.load_state_dict(load_file("vae_decoder.safetensors"), strict=False)
+```
+
+"""
+
+
 def model_card(config: dict, data_dir: Path, validations: list[dict], best_step: int) -> str:
     """Return the card as Markdown with the front matter of the Hugging Face hub, without dates or paths.
 
@@ -80,6 +92,7 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
     bounds = baseline["bounds"]
     return CARD.format(
         **config["films"],
+        decoder=DECODER.format(**config["vae_decoder"]) if config.get("vae_decoder") else "",
         base=config["base"],
         fold=config["fold"],
         resolution=config["resolution"],

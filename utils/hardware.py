@@ -45,6 +45,7 @@ def use_all_cores() -> None:
     told = os.environ.get("OMP_NUM_THREADS")
     if told is None or (launched and told == "1"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = min(cores, int(os.environ.get("OMP_THREAD_LIMIT", cores)))  # more give NaN in bf16, not an error
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

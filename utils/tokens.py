@@ -12,7 +12,15 @@ from utils.captions import fit, sentences_of
 def fit_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
     """Return captions whose length the tokenizer takes, longer ones cut after a sentence; see `captions.fit`."""
     limit = tokenizer.model_max_length
-    return [fit(caption, lambda text: len(tokenizer(text, verbose=False).input_ids), limit) for caption in captions]
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, verbose=False).input_ids)
+
+    lengths = map(len, tokenizer(list(captions), verbose=False).input_ids)  # all at once: most need no cut
+    return [
+        caption if length <= limit else fit(caption, count_tokens, limit)
+        for caption, length in zip(captions, lengths, strict=True)
+    ]
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -25,14 +33,25 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 class TokenizedCaptions:
-    """Captions tokenised once. Item i is the whole caption, as `tokenize` gives it, int64 [L]."""
+    """Captions tokenised once. Item i is the whole caption, as `tokenize` gives it, int64 [L].
 
-    def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[str]):
-        self.whole = tokenize(tokenizer, captions)
-        self.sentences = [
-            [tokenizer(sentence, add_special_tokens=False, verbose=False).input_ids for sentence in sentences_of(text)]
-            for text in captions
-        ]
+    Attributes:
+        num_shortened: captions that lose sentences beyond the window.
+        num_cut: captions that are cut within a sentence.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[str], by_sentence: bool = False):
+        """Tokenise captions, and their sentences one by one where `subset` will be asked for."""
+        fitted, limit = fit_captions(tokenizer, captions), tokenizer.model_max_length
+        lengths = list(map(len, tokenizer(fitted, verbose=False).input_ids))
+        self.num_shortened = sum(map(str.__ne__, captions, fitted))
+        self.num_cut = sum(length > limit for length in lengths)
+        self.whole = tokenizer(
+            fitted, padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+        ).input_ids
+        sentences = [sentences_of(caption) if by_sentence else [] for caption in captions]
+        ids = iter(tokenizer([s for part in sentences for s in part] or [""], add_special_tokens=False).input_ids)
+        self.sentences = [[next(ids) for _ in part] for part in sentences]
         self.first, self.last, self.padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def __getitem__(self, index: int) -> Tensor:

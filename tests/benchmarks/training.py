@@ -8,7 +8,8 @@ device twice. That script trains the UNet only; the peer trains the text encoder
 does, and clips both, so that both sides do the same to the same parameters. (The script's own clipping gets an
 iterator that is used up, and clips nothing.) Ours is the step of train_lora.py, first without what it saves and then
 with one saving more a row; `ours` has each saving beside what the peer does instead. Both train adapters of rank 16 on
-the attention of the bundled base, on the demo set, eight films at a time.
+the attention of the bundled base, eight films at a time, on the demo set, whose films are stored at 512 px as
+download.py stores those of patients.
 
 The losses come first: rows of one precision draw the same noise and have to agree to rounding; the peer draws its own,
 so over 200 steps its mean may be two standard errors from ours. Whether ours is still train_lora.py's is asked of that
@@ -53,12 +54,13 @@ from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
 from utils.hardware import has_native_bf16, use_all_cores
-from utils.latents import Posteriors, TrainingStream, cache_posteriors, deal_positions
+from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, add_lora
 from utils.metadata import read_metadata
-from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base, tokenize
+from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base
 from utils.refusal import ArgumentParser, run
 from utils.seeding import derive_seed
+from utils.tokens import tokenize
 
 SAVINGS = {
     "latents": "latents cached",
@@ -66,10 +68,12 @@ SAVINGS = {
     "weights": "loss weights from a table",
     "loss": "loss left on the device",
     "fused": "fused AdamW",
-    "channels_last": "channels_last: train_lora.py",
+    "channels_last": "channels_last",
+    "prefetch": "batches prefetched: train_lora.py",
 }  # what train_lora.py saves, in the order of the rows
 COMPILED = "compiled"  # and what it does not
 PEER = "diffusers' script"
+FILM_SIDE = 512  # pixels, as download.py stores films of patients
 RANK, BATCH, SEED = 16, 8, 0
 LEARNING_RATE, TEXT_ENCODER_LR, MAX_GRAD_NORM = 1e-3, 1e-4, 1.0
 FIRST_STEPS = 8  # of every row, to warm up, and whose losses are compared
@@ -102,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         data, cache = Path(temporary) / "data", Path(temporary) / "cache"
-        call("download.py", "--output_dir", data, "--cache_dir", cache)
+        call("download.py", "--output_dir", data, "--cache_dir", cache, "--resolution", FILM_SIDE)
         finish(start("cache", fill_cache, data, cache))
         print_flops()
 
@@ -347,6 +351,8 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
         noise_scheduler.alphas_cumprod, snr_gamma, noise_scheduler.config.prediction_type
     ).to(device)
     batches = iter(DataLoader(stream, batch_sampler=deal_positions(0, STEPS_WITHOUT_END, 1, BATCH, 0, 1)))
+    if "prefetch" in savings:
+        batches = prefetch(batches)
     unet.train()
     text_encoder.train()
 
@@ -396,8 +402,7 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
             if "loss" not in savings:
                 logged = accelerator.gather(loss.repeat(BATCH)).mean().item()
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(lora_parameters, MAX_GRAD_NORM)
+            accelerator.clip_grad_norm_(lora_parameters, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
             if "loss" not in savings:
@@ -452,6 +457,8 @@ def write_posteriors(folder: Path, num_films: int, shape: Sequence[int]) -> None
         for first in range(0, num_films, FEW_FILMS):
             values[first : first + FEW_FILMS] = block
         values.flush()
+    checksums = np.array([checksum_of(film, film) for film in block], np.uint32)
+    np.save(folder / "checksum.npy", np.resize(checksums, num_films))
 
 
 def compare_with_script(data_dir: Path, cache_dir: Path, run_dir: Path, snr_gamma: float) -> float:
