@@ -476,7 +476,9 @@ def fit_decoder(
             process_index=accelerator.process_index, num_processes=accelerator.num_processes,
             mean_over_processes=lambda tensor: accelerator.reduce(tensor, "mean"),
         )  # fmt: skip
-    before, after = header["validation"]["before"], header["validation"]["after"]
+    before, after = (
+        {metric: header["validation"][when][metric] for metric in ("ssim", "psnr")} for when in ("before", "after")
+    )
     accelerator.print(
         f"decoder: round trip of validation films from SSIM {before['ssim']:.4f}, PSNR {before['psnr']:.2f} dB to "
         f"{after['ssim']:.4f}, {after['psnr']:.2f} dB: {Path(args.output_dir) / DECODER_NAME}"
