@@ -19,8 +19,8 @@ from PIL import Image
 import train_lora
 from tests.conftest import build_base
 from tests.test_lora import trained
-from tests.training import flags, kill, read, start, train, watch_run
-from utils.checkpoint import checkpoint_steps, load_checkpoint
+from tests.training import flags, kill, read, start, train, wait_for_checkpoint, watch_run
+from utils.checkpoint import load_checkpoint
 from utils.diffusion import min_snr_weights
 from utils.export import to_kohya
 from utils.images import load_film
@@ -188,10 +188,8 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
             output.read_text()
         )
         for _ in range(2):
-            steps = checkpoint_steps(runs["killed"]) if runs["killed"].exists() else []
             process = start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output)
-            while process.poll() is None and checkpoint_steps(runs["killed"])[-1:] <= steps[-1:]:
-                time.sleep(0.01)
+            wait_for_checkpoint(process, runs["killed"])
             time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
             kill(process)
         assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(300) == 0

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train_lora
 from tests.conftest import ROOT
+from utils.checkpoint import checkpoint_steps
 
 QUICK = [
     *("--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--text_encoder_rank", "4"),
@@ -48,18 +50,25 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def start(processes: int, args: list[str], log: Path) -> subprocess.Popen:
-    """Start the script as a user does, on one process or on two."""
+def start(processes: int, args: list[str], log: Path, cpu: bool = True) -> subprocess.Popen:
+    """Start the script as a user does, on one process or on two, on the CPU unless told otherwise."""
     command = [sys.executable, "train_lora.py"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                    "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
                    "train_lora.py"]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
     output = open(log, "a")
     return subprocess.Popen(
         [*command, *args], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
     )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
+    """Return when a run has one more checkpoint than now, or has ended."""
+    steps = checkpoint_steps(run)
+    while process.poll() is None and checkpoint_steps(run)[-1:] <= steps[-1:]:
+        time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen) -> None:

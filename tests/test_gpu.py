@@ -1,0 +1,74 @@
+"""What only a CUDA device can show: `pytest -m gpu`. Tiny models, seconds each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import flags, kill, read, start, train, wait_for_checkpoint
+from utils.checkpoint import load_checkpoint
+from utils.hardware import xformers_problem
+from utils.lora import WEIGHTS_NAME
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read(run / "log.jsonl")]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_what_fp32_learns(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, precision: str
+) -> None:
+    for name in ("no", precision):
+        train(tiny_base, tiny_data, tmp_path / name, "--max_train_steps", "10", precision=name)
+    assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "no"), rel=0.02)
+    _, tensors = load_checkpoint(tmp_path / precision / "checkpoint-10")
+    assert {tensor.dtype for tensor in tensors["adapters"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("flag", "tolerance"),
+    [("--gradient_checkpointing", 1e-4), ("--compile", 1e-3), ("--use_8bit_adam", 0.05)],
+)
+def test_what_only_saves_does_not_change_what_is_learnt(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, flag: str, tolerance: float
+) -> None:
+    more = ("--max_train_steps", "6", "--rank", "64", "--num_validation_images", "2", "--validation_steps", "3")
+    train(tiny_base, tiny_data, tmp_path / "plain", *more)
+    train(tiny_base, tiny_data, tmp_path / "saving", *more, flag)
+    assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+
+
+@pytest.mark.skipif(xformers_problem() is not None, reason=str(xformers_problem()))
+def test_xformers_and_sdpa_predict_the_same(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny_base, tiny_data, tmp_path / "sdpa", "--max_train_steps", "3", precision="bf16")
+    train(tiny_base, tiny_data, tmp_path / "xformers", "--max_train_steps", "3",
+          "--enable_xformers_memory_efficient_attention", precision="bf16")  # fmt: skip
+    assert losses(tmp_path / "xformers") == pytest.approx(losses(tmp_path / "sdpa"), rel=0.01)
+
+
+def test_killed_and_resumed_it_ends_in_the_same_numbers(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    more = ["--max_train_steps", "60", "--checkpointing_steps", "7", "--validation_steps", "20"]
+    output = tmp_path / "output.txt"
+    assert start(1, flags(tiny_base, tiny_data, tmp_path / "whole", *more), output, cpu=False).wait(300) == 0
+    process = start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False)
+    wait_for_checkpoint(process, tmp_path / "killed")
+    kill(process)
+    assert start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False).wait(300) == 0
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+    assert (tmp_path / "killed" / WEIGHTS_NAME).exists()
+
+
+def test_a_batch_that_does_not_fit_is_split(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """With a thousandth of the device's memory a large batch does not fit, and its micro-steps do."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total + 3e8 / total)
+    try:
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2", "--train_batch_size", "4096",
+              "--auto_batch_size")  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(losses(tmp_path / "run")) == 2
