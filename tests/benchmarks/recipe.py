@@ -21,7 +21,7 @@ import utils.quiet  # noqa: F401
 
 import torch
 
-from utils.checkpoint import checkpoint_steps, load_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.decoder import adapt_decoder, decoder_state, put_on_decoder, score_round_trip
 from utils.files import read_jsonl, write_json
 from utils.folds import draw_rows, split_fold, with_folds
@@ -96,27 +96,29 @@ def score_run(args: argparse.Namespace, run_dir: Path, seed: int) -> dict:
     text_encoder_alpha = settings["lora_alpha"] * settings["text_encoder_rank"] / settings["rank"]
     add_lora(base.text_encoder, settings["text_encoder_rank"], text_encoder_alpha, 0)
 
-    validated = {row["step"] for row in read_jsonl(run_dir / "validation.jsonl")} - {0}
+    # The run itself validated the averages; the adapters behind them are in its checkpoints
+    averages = {row["step"]: {name: row[name] for name in METRICS} for row in read_jsonl(run_dir / "validation.jsonl")}
+    tensors = {step: load_checkpoint(run_dir / f"checkpoint-{step}")[1] for step in sorted(averages) if step > 0}
+    adapters = {step: score(base, part["adapters"], bank) for step, part in tensors.items()}
     best = {}
-    for step in sorted(validated & set(checkpoint_steps(run_dir))):
-        _, tensors = load_checkpoint(run_dir / f"checkpoint-{step}")
-        averages = dict(zip(tensors["adapters"], tensors["ema"]["shadow_params"], strict=True))
-        for kind, adapters in (("adapters", tensors["adapters"]), ("averages", averages)):
-            seen = score(base, adapters, bank) | {"step": step}
-            if kind not in best or seen["ssim"] > best[kind][0]["ssim"]:
-                best[kind] = seen, adapters
+    for kind, seen in (("adapters", adapters), ("averages", averages)):
+        step = max(tensors, key=lambda step: seen[step]["ssim"])
+        state = tensors[step]["adapters"]
+        if kind == "averages":
+            state = dict(zip(state, tensors[step]["ema"]["shadow_params"], strict=True))
+        best[kind] = seen[step] | {"step": step}, state
 
     # The decoder sees neither the adapters nor the validation films' captions
     own = decoder_state(vae)
     before = score_round_trip(bank, vae, 16)["ssim"].mean().item()
     adapt_decoder(
         args.work / f"decoder-{seed}", vae, FilmDataset(args.data, training_rows, resolution), posteriors, places[0],
-        bank, record={}, max_train_steps=args.decoder_steps, seed=seed,
+        bank, record={}, max_train_steps=args.decoder_steps, learning_rate=settings["adapt_decoder_lr"], seed=seed,
     )  # fmt: skip
     after = score_round_trip(bank, vae, 16)["ssim"].mean().item()
     results = {"films": len(bank), "ceiling": before, "adapted ceiling": after}
-    for kind, (seen, adapters) in best.items():
-        results |= {kind: seen, f"{kind}, adapted decoder": score(base, adapters, bank) | {"step": seen["step"]}}
+    for kind, (seen, state) in best.items():
+        results |= {kind: seen, f"{kind}, adapted decoder": score(base, state, bank) | {"step": seen["step"]}}
     put_on_decoder(vae, own)
     return results
 
