@@ -447,6 +447,8 @@ def choose_kernels(
         if problem := compile_problem(device):
             warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
         else:
+            # A graph for every width and resolution, and once more where the text encoder stops
+            torch._dynamo.config.recompile_limit = 64
             unet.compile_repeated_blocks(fullgraph=True)
 
 
@@ -765,7 +767,9 @@ def main(args: argparse.Namespace) -> None:
     @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
     def validate(step: int) -> bool:
         """Score the adapters as they stand, draw samples, keep them if they are the best, and return whether to stop."""
-        with eval_mode(live_unet, live_text_encoder), averaged(ema, lora_parameters):
+        # Its batches are of other sizes than training's, for which nothing should be compiled
+        uncompiled = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+        with uncompiled, eval_mode(live_unet, live_text_encoder), averaged(ema, lora_parameters):
             scores = score_model(
                 bank, live_unet, live_text_encoder, vae, noise_scheduler, args.validation_batch_size, share
             )

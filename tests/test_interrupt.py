@@ -47,8 +47,7 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, processes: int, number: int
 ) -> None:

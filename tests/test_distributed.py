@@ -1,0 +1,44 @@
+"""Two real processes: they do what one does, and end together, with the reason, when one of them cannot go on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training import flags, read, start
+
+
+def test_two_processes_encode_train_validate_and_draw_as_one(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Accumulating, with dropout of captions and sentences; each run over latents that it encodes itself."""
+    output = tmp_path / "output.txt"
+    for processes in (1, 2):
+        more = ["--max_train_steps", "12", "--validation_steps", "6", "--num_validation_images", "2", "--use_ema",
+                "--gradient_accumulation_steps", "2", "--train_batch_size", str(4 // processes), "--caption_dropout", "0.3",
+                "--sentence_dropout", "0.3", "--cache_dir", str(tmp_path / f"cache{processes}")]  # fmt: skip
+        status = start(processes, flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more), output).wait(300)
+        assert status == 0, output.read_text()
+    one, two = tmp_path / "run1", tmp_path / "run2"
+    for log, names, tolerance in (
+        ("log.jsonl", ("loss", "lr"), 1e-5),
+        ("validation.jsonl", ("mse", "ssim"), 5e-5),  # a pixel that rounds to the next grey level is 1e-6 of SSIM
+    ):
+        for name in names:
+            values = [[row[name] for row in read(run / log)] for run in (one, two)]
+            assert values[1] == pytest.approx(values[0], abs=tolerance), name
+    for name in ("mean", "std"):
+        paths = [next((tmp_path / f"cache{processes}").rglob(f"{name}.npy")) for processes in (1, 2)]
+        np.testing.assert_allclose(*map(np.load, paths), atol=1e-6)
+    sheets = [np.asarray(Image.open(run / "samples" / "step-000012.png")).astype(int) for run in (one, two)]
+    assert np.abs(sheets[1] - sheets[0]).max() <= 1
+
+
+def test_a_film_that_one_process_cannot_read_ends_the_job_with_its_name(
+    tiny_base: Path, own_data: Path, tmp_path: Path
+) -> None:
+    film = own_data / "images" / "p10_1.png"  # row 21: the second process's
+    film.write_bytes(film.read_bytes()[:300])
+    output = tmp_path / "output.txt"
+    assert start(2, flags(tiny_base, own_data, tmp_path / "run"), output).wait(120) != 0
+    end = output.read_text().splitlines()[-15:]
+    assert any("p10_1.png" in line for line in end), "\n".join(end)
