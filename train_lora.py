@@ -34,7 +34,7 @@ import utils.quiet  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -78,6 +78,7 @@ from utils.latents import (
     cache_posteriors,
     channel_statistics,
     deal_positions,
+    hash_weights,
     mean_film,
     prefetch,
 )
@@ -138,7 +139,7 @@ FREE_SETTINGS = {
     "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
     "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps", "auto_batch_size",
-    "export",
+    "gradient_checkpointing", "validation_batch_size", "num_validation_images", "validation_prompt", "export",
 }  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
     add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
-    add("--ema_decay", type=float, default=0.999, help="its decay, once it has warmed up [0.999]")
+    add("--ema_decay", type=float, default=0.999, help="its decay is 1 - step^(-2/3), and at most this [0.999]")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
@@ -276,7 +277,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read films and latents [0]")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read films to encode them [0]")
     add("--local_rank", type=int, default=-1, help="accepted; accelerate knows it")
 
     add = parser.add_argument_group("output").add_argument
@@ -316,7 +317,7 @@ def recorded_base(run_dir: Path) -> str | None:
         return None
     try:
         return json.loads(config.read_text(encoding="utf-8"))["base"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Refused(
             f"{config} is damaged; delete it, or name the base with --pretrained_model_name_or_path"
         ) from error
@@ -326,7 +327,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
     least = dict(
         rank=1, text_encoder_rank=0, train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1,
-        num_train_epochs=1, adam_epsilon=0, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
+        num_train_epochs=1, adam_epsilon=1e-15, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
         checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
         lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64, loraplus_lr_ratio=1e-12,
@@ -343,7 +344,7 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected a number from 0 to below 1")
     rules = re.fullmatch(r"(\d*\.?\d+:\d+,)+\d*\.?\d+", args.lr_step_rules or "")
-    if (args.lr_scheduler == "piecewise_constant") != bool(rules):
+    if (args.lr_scheduler == "piecewise_constant") != bool(rules) or bool(args.lr_step_rules) != bool(rules):
         raise Refused(
             f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules}; expected piecewise_constant with "
             "rules such as 1:500,0.1:800,0.01, and no other with any"
@@ -352,6 +353,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(
             "--export kohya with --use_dora; A1111 and ComfyUI compute DoRA otherwise, so leave out one of the two"
         )
+    if args.compile and args.use_dora:
+        raise Refused("--compile with --use_dora; peft's DoRA cannot be compiled whole, so leave out one of the two")
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
@@ -383,7 +386,8 @@ def load_films(
         directory=data_dir, rows=rows, vae=base.vae, cache_dir=Path(args.cache_dir or "cache"),
         resolution=args.resolution, interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
         num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone, owner=args.output_dir,
+        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone,
+        owner=str(Path(args.output_dir).resolve()),
     )  # fmt: skip
     with explain_out_of_memory("encoding films", "lower --validation_batch_size"):
         posteriors = cache_posteriors(**caching)
@@ -503,7 +507,10 @@ def split_batch(
         for model in (live.unet, live.text_encoder):
             model.zero_grad()
 
-    fits = torch.tensor([largest_batch_size(attempt, films)], device=accelerator.device)
+    for model in (live.unet, live.text_encoder):
+        model.train()
+    fits = largest_batch_size(attempt, films, args.train_batch_size)
+    fits = torch.tensor([fits], device=accelerator.device)
     args.train_batch_size = int(accelerator.gather(fits).min())
     args.gradient_accumulation_steps = films // args.train_batch_size
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -538,11 +545,16 @@ def flush(
     losses = accelerator.reduce(torch.stack([row["loss"] for row in pending]), "mean").tolist()
     norms = torch.stack([torch.as_tensor(row["grad_norm"]) for row in pending]).tolist()
     rows, refusal = [], None
+    if accelerator.scaler and len(norms) == FLUSH_EVERY and not any(map(math.isfinite, norms)):
+        raise Refused(
+            f"steps {pending[0]['step']} to {pending[-1]['step']}: every gradient overflowed fp16, so nothing is learnt; use "
+            "--mixed_precision bf16 or no"
+        )
     for row, loss, norm in zip(pending, losses, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
             refusal = Refused(
-                f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint is kept. Start afresh "
+                f"step {row['step']}: loss {loss}, gradient norm {norm}; earlier checkpoints are kept. Start afresh "
                 "(--resume_from_checkpoint none) at a lower --learning_rate or with --mixed_precision bf16 or no. Films "
                 f"of the step: {', '.join(films)}"
             )
@@ -586,7 +598,7 @@ def track_samples(accelerator: Accelerator, sheet: Image.Image, step: int) -> No
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(sheet)[None, :, :, None]}, step=step, dataformats="NHWC")
-        else:
+        elif hasattr(tracker, "log_images"):
             tracker.log_images({"samples": [sheet]}, step=step)
 
 
@@ -628,6 +640,12 @@ def main(args: argparse.Namespace) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(run_dir),
     )
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # whatever the environment says
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise Refused(
+            f"{accelerator.distributed_type.value} is not supported; expected one process, or several with a whole model each "
+            "(accelerate launch --multi_gpu)"
+        )
     device, say = accelerator.device, accelerator.print
     if device.type == "cpu":
         use_all_cores()
@@ -664,12 +682,15 @@ def main(args: argparse.Namespace) -> None:
     settings |= {"training_data_hash": dataset_hash(training_rows + validation_rows)}
     settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
     state, tensors, remark = find_start(
-        run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite
+        run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type
     )
     say(remark)
 
     # The frozen base
     base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    base_hash = hash_weights(base.unet) + hash_weights(base.text_encoder) + hash_weights(base.vae)
+    if state is not None and state["base_hash"] != base_hash:
+        raise Refused(f"{base.name} has other weights than when this run began; choose another --output_dir")
     base = with_schedule(base, args.prediction_type, args.rescale_betas_zero_snr)
     noise_scheduler = base.noise_scheduler
     args.resolution = args.resolution or base.resolution
@@ -700,6 +721,8 @@ def main(args: argparse.Namespace) -> None:
         groups, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
         **({"fused": True} if adamw is torch.optim.AdamW else {}),
     )  # fmt: skip
+    if args.lr_warmup_steps and args.lr_scheduler in ("constant", "piecewise_constant"):
+        say(f"--lr_warmup_steps: --lr_scheduler {args.lr_scheduler} has no warm-up; constant_with_warmup has")
     warmup_steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else round(0.05 * max_train_steps)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=warmup_steps,
@@ -738,7 +761,8 @@ def main(args: argparse.Namespace) -> None:
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
         "latents": latent_statistics, "vae_decoder": None,
     }  # fmt: skip
-    checkpoints = args.checkpoints_total_limit or max_train_steps // args.checkpointing_steps
+    checkpoints = max_train_steps // args.checkpointing_steps + max_train_steps // validation_steps
+    checkpoints = args.checkpoints_total_limit or checkpoints
     tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (4 if args.use_ema else 3)
     if accelerator.is_main_process:
         require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
@@ -750,8 +774,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
 
     # The decoder behind the latents, which stay what they are
+    leave = LeaveRequest(accelerator.num_processes)
     if args.adapt_decoder_steps:
-        config["vae_decoder"] = fit_decoder(args, accelerator, vae, stream, training_rows, bank, set_hash)
+        with leave.at_once():
+            config["vae_decoder"] = fit_decoder(args, accelerator, vae, stream, training_rows, bank, set_hash)
         if accelerator.is_main_process:
             write_json(run_dir / "config.json", config)
 
@@ -777,6 +803,11 @@ def main(args: argparse.Namespace) -> None:
                 mean = mean_film(data_dir, training_rows, args.resolution, args.seed, args.image_interpolation_mode)
                 scores |= score_bounds(bank, vae, noise_scheduler, mean, args.validation_batch_size, share)
             scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
+            if not all(values.isfinite().all() for values in scores.values()):
+                raise Refused(
+                    f"step {step}: validation films score no finite numbers. Start afresh (--resume_from_checkpoint none) at a "
+                    "lower --learning_rate or with --mixed_precision bf16 or no"
+                )
             is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
             sheet = draw_samples(live, args, accelerator, step) if args.num_validation_images else None
             row = {"step": step} | summarise(scores) | {"best_step": early_stopping.best_step}
@@ -807,7 +838,8 @@ def main(args: argparse.Namespace) -> None:
             finished = validated and (early_stopping.should_stop or step == max_train_steps)
             state = {
                 "step": step, "position": position, "validated": validated, "finished": finished,
-                "num_processes": accelerator.num_processes, "settings": settings,
+                "num_processes": accelerator.num_processes, "device": device.type, "settings": settings,
+                "base_hash": base_hash,
                 "early_stopping": asdict(early_stopping),
             }  # fmt: skip
             if with_tensors:
@@ -823,9 +855,8 @@ def main(args: argparse.Namespace) -> None:
                 amend_checkpoint(run_dir, step, state)
         accelerator.wait_for_everyone()
 
-    if args.auto_batch_size:
+    if args.auto_batch_size and not (state is not None and state["finished"]):
         split_batch(args, accelerator, live, bank.latents.shape[1:], films_a_step // accelerator.num_processes)
-    leave = LeaveRequest(accelerator.num_processes)
     stopped = state is not None and state["finished"]
     if state is None or not state["validated"]:
         with leave.at_once():
@@ -839,10 +870,8 @@ def main(args: argparse.Namespace) -> None:
         position, last_step - first_step, args.gradient_accumulation_steps, args.train_batch_size,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    batches = prefetch(
-        DataLoader(stream, batch_sampler=micro_batches, num_workers=args.dataloader_num_workers,
-                   pin_memory=device.type == "cuda")
-    )  # fmt: skip
+    # Latents are read by a thread: worker processes would die of the SIGTERM that is to be survived
+    batches = prefetch(DataLoader(stream, batch_sampler=micro_batches, pin_memory=device.type == "cuda"))
     pending, started = [], time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
@@ -856,7 +885,7 @@ def main(args: argparse.Namespace) -> None:
             batch = next(batches)
             with accelerator.accumulate(unet, text_encoder):
                 # All draws of a film belong to its position in the stream, whatever the process or the batch
-                places = batch["position"].tolist()
+                places = batch.pop("position").tolist()
                 generators = [
                     torch.Generator(device).manual_seed(derive_seed(args.seed, "draws", place)) for place in places
                 ]

@@ -22,7 +22,9 @@ SETTINGS = {"rank": 4, "films_a_step": 8}
 
 
 def save(run: Path, step: int, finished: bool = False, settings: dict | None = None) -> None:
-    state = {"step": step, "finished": finished, "num_processes": 1, "settings": settings or SETTINGS}
+    state = {"step": step, "finished": finished, "num_processes": 1, "device": "cpu", "settings": settings or SETTINGS}
+    run.mkdir(exist_ok=True)
+    (run / "validation.jsonl").touch()
     save_checkpoint(run, step, state, {"adapters": {"a": torch.full((2,), float(step))}})
 
 
@@ -64,7 +66,7 @@ def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: P
     write_jsonl(tmp_path / "log.jsonl", [{"step": step} for step in (1, 2, 3)])
     assert start(tmp_path, wanted="checkpoint-2")[0]["step"] == 2  # a name, as diffusers takes it
     forget_after(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl", "validation.jsonl"]
     assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [1, 2]
 
 
@@ -97,6 +99,7 @@ def test_a_finished_run_is_not_lost_by_accident(tmp_path: Path) -> None:
     clear_run(tmp_path / "other", keep_decoder=False)
     (tmp_path / "other" / WEIGHTS_NAME).touch()  # killed between its first adapter and its first checkpoint
     assert start(tmp_path / "other")[0] is None
+    (tmp_path / "other" / "config.json").write_text('{"settings": {}}')
     (tmp_path / "other" / "README.md").touch()  # finished, and its checkpoints deleted to save space
     with pytest.raises(Refused, match="finished run"):
         start(tmp_path / "other")
@@ -140,3 +143,32 @@ def test_clearing_a_run_takes_only_what_a_run_writes(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     clear_run(tmp_path, keep_decoder=False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    """One that no run has written to, whatever its files are called."""
+    for name in ("README.md", "config.json", "samples/mine.png", "logs/slurm-1.out"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert start(tmp_path)[0] is None
+    clear_run(tmp_path, keep_decoder=False)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    (tmp_path / "samples" / "step-000000.png").touch()
+    clear_run(tmp_path, keep_decoder=False)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"mine.png", "slurm-1.out"}
+
+
+def test_a_run_without_its_records_and_other_films_are_refused_in_words(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(Refused, match="other films or captions"):
+        start(tmp_path, training_data_hash="other")
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(Refused, match=r"no validation\.jsonl"):
+        start(tmp_path)
+
+
+def test_another_kind_of_device_is_said(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    _, _, remark = find_start(tmp_path, "latest", SETTINGS, 1, overwrite=False, device="cuda")
+    assert "on cuda instead of cpu" in remark

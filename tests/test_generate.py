@@ -88,6 +88,8 @@ def test_finished_images_are_left_alone_and_missing_ones_made_again(tiny_base: P
     assert lost.read_bytes() == before
     assert kept.stat().st_mtime_ns == when
     assert (tmp_path / "images.jsonl").read_bytes() == record
+    make(tiny_base, tmp_path, *asking(*PROMPTS))  # nothing is missing
+    assert (tmp_path / "images.jsonl").read_bytes() == record
     make(tiny_base, tmp_path, *asking(*PROMPTS), "--guidance_scale", "2")
     assert len((tmp_path / "images.jsonl").read_text().splitlines()) == 4
     assert kept.stat().st_mtime_ns == when

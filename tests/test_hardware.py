@@ -96,8 +96,9 @@ def test_the_largest_batch_that_fits_divides_the_step(monkeypatch: pytest.Monkey
         if batch_size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    assert hardware.largest_batch_size(attempt, films=12) == 4
+    assert hardware.largest_batch_size(attempt, films=12, most=12) == 4
     assert tried == [12, 6, 4]
+    assert hardware.largest_batch_size(attempt, films=12, most=3) == 3
 
 
 def test_a_film_that_does_not_fit_is_refused_and_other_errors_are_ours() -> None:
@@ -105,13 +106,13 @@ def test_a_film_that_does_not_fit_is_refused_and_other_errors_are_ours() -> None
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(Refused, match="one film at a time"):
-        hardware.largest_batch_size(too_large, films=4)
+        hardware.largest_batch_size(too_large, films=4, most=4)
 
     def wrong(_: int) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        hardware.largest_batch_size(wrong, films=4)
+        hardware.largest_batch_size(wrong, films=4, most=4)
 
 
 def test_out_of_memory_says_what_to_lower() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_lora
 from tests.conftest import build_base
@@ -184,11 +185,19 @@ def test_a_box_over_the_whole_film_adds_its_share_of_the_loss(
     assert with_boxes["loss"] == pytest.approx(factor * without["loss"], rel=1e-5)
 
 
-def test_checkpointed_gradients_are_the_gradients(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_checkpointed_gradients_are_the_gradients(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the text encoder too, which re-entrant checkpointing leaves without any."""
     more = ("--max_train_steps", "3")
     train(tiny_base, tiny_data, tmp_path / "plain", *more)
-    train(tiny_base, tiny_data, tmp_path / "checkpointed", *more, "--gradient_checkpointing")
+    with monkeypatch.context() as patch:
+        calls, forward = [], BasicTransformerBlock.forward
+        patch.setattr(
+            BasicTransformerBlock, "forward", lambda *a, **k: calls.append(a[0].training) or forward(*a, **k)
+        )
+        train(tiny_base, tiny_data, tmp_path / "checkpointed", *more, "--gradient_checkpointing")
+    assert sum(calls) == 2 * 3 * 4  # blocks of the tiny UNet in three steps, each computed twice
     plain, checkpointed = (read(tmp_path / name / "log.jsonl") for name in ("plain", "checkpointed"))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in checkpointed] == pytest.approx([row[name] for row in plain], rel=1e-5)
@@ -264,10 +273,10 @@ def test_a_batch_that_does_not_fit_is_split_into_micro_steps(
     """The films of a step stay the same, and so does what is learnt."""
     train(tiny_base, tiny_data, tmp_path / "whole", "--max_train_steps", "3")
 
-    def check(attempt, films):
-        for size in (films, 1):
+    def check(attempt, films, most):
+        for size in (most, 1):
             attempt(size)
-        return 2
+        return films // 2
 
     monkeypatch.setattr(train_lora, "largest_batch_size", check)
     seen = watch_run(tiny_base, tiny_data, tmp_path / "split", "--max_train_steps", "3", "--auto_batch_size")
@@ -342,6 +351,9 @@ def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_pa
         (["--lr_scheduler", "piecewise_constant"], "--lr_step_rules None"),
         (["--lr_step_rules", "1:10,0.1"], "--lr_scheduler cosine"),
         (["--rescale_betas_zero_snr"], "v_prediction"),
+        (["--lr_step_rules", "1:500"], "--lr_step_rules 1:500"),
+        (["--compile", "--use_dora"], "--use_dora"),
+        (["--export", "kohya", "--use_dora"], "--use_dora"),
         (["--box_loss_weight", "0.5"], "no film of .* has a box"),
     ],
 )
@@ -408,3 +420,41 @@ def test_an_adapter_that_its_file_does_not_give_back_is_an_error(
     monkeypatch.setattr(train_lora, "adapter_state", without_alpha)
     with pytest.raises(RuntimeError, match="does not give the trained model back"):
         train(tiny_base, tiny_data, tmp_path / "wrong", *more)
+
+
+def test_what_out_of_memory_advises_does_not_refuse_the_resume(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "run" / "checkpoint-4.tmp")
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2",
+          "--gradient_checkpointing", "--auto_batch_size", "--validation_batch_size", "2")  # fmt: skip
+    assert checkpoint_steps(tmp_path / "run") == [2, 4]
+
+
+def test_a_base_whose_weights_have_changed_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    train(base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(Refused, match="other weights"):
+        train(base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+
+
+def test_a_validation_that_is_not_finite_is_refused_and_never_the_best(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=r"step \d: (validation films score no finite|loss)"):
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "3", "--learning_rate", "1e25",
+              "--validation_steps", "1", "--lr_scheduler", "constant", "--max_grad_norm", "1e25")  # fmt: skip
+    assert all(row["best_step"] == 0 for row in read(tmp_path / "run" / "validation.jsonl"))
+
+
+def test_accumulation_is_what_the_command_line_says(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate prefers its environment's, and the optimizer then steps when it likes."""
+    train(tiny_base, tiny_data, tmp_path / "plain", "--max_train_steps", "2")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(tiny_base, tiny_data, tmp_path / "told", "--max_train_steps", "2")
+    assert read(tmp_path / "told" / "log.jsonl") == read(tmp_path / "plain" / "log.jsonl")

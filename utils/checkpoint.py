@@ -40,6 +40,7 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     torch.save(tensors, buffer)
     write_bytes(partial / TENSORS_NAME, buffer.getvalue())
     write_json(partial / STATE_NAME, state)
+    sync_folder(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     sync_folder(run)
@@ -74,7 +75,7 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict]:
 
 
 def find_start(
-    run: Path, wanted: str, settings: dict, num_processes: int, overwrite: bool
+    run: Path, wanted: str, settings: dict, num_processes: int, overwrite: bool, device: str = "cpu"
 ) -> tuple[dict | None, dict, str]:
     """Find where a run goes on.
 
@@ -84,6 +85,7 @@ def find_start(
         settings: of this command.
         num_processes: of this command; it may differ from the checkpoint's, the films a step may not.
         overwrite: whether "none" may replace a finished run.
+        device: kind of device of this command; another kind draws other noise.
 
     Returns:
         The checkpoint's state and tensors (None and {} for a fresh start), and what the user should know.
@@ -101,6 +103,13 @@ def find_start(
     if not folder.is_dir() or (wanted not in ("latest", folder.name) and Path(wanted).resolve() != folder.resolve()):
         raise Refused(f"no checkpoint {wanted} in {run}, which has those of steps {steps or 'none'}")
     state, tensors = load_checkpoint(folder)
+    if not (run / "validation.jsonl").exists():
+        raise Refused(f"{run} has checkpoints but no validation.jsonl; put it back, or choose another --output_dir")
+    if state["settings"].get("training_data_hash") != settings.get("training_data_hash"):
+        raise Refused(
+            f"{folder} was made with other films or captions than the training folder holds now; choose another "
+            "--output_dir, or start afresh with --resume_from_checkpoint none"
+        )
     if changed := differences(state["settings"], settings):
         raise Refused(
             f"{folder} was made with other settings ({'; '.join(changed)}); type the first command again (on another "
@@ -110,6 +119,8 @@ def find_start(
     remark = f"going on from {folder}"
     if state["num_processes"] != num_processes:
         remark += f", on {num_processes} processes instead of {state['num_processes']}"
+    if state["device"] != device:
+        remark += f", on {device} instead of {state['device']}, whose noise is another"
     return state, tensors, remark
 
 
@@ -117,11 +128,20 @@ def is_finished(run: Path) -> bool:
     """Return whether a run has come to its end: its last checkpoint says so, or only its model card is left to."""
     steps = checkpoint_steps(run)
     if not steps:
-        return (run / "README.md").exists()
+        return is_run(run) and (run / "README.md").exists()
     try:
         return json.loads((run / f"checkpoint-{steps[-1]}" / STATE_NAME).read_text(encoding="utf-8"))["finished"]
     except (OSError, ValueError, KeyError):
         return False
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is one that training has written to, not one of the user's with files of their own."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return bool(checkpoint_steps(folder))
+    return isinstance(config, dict) and "settings" in config
 
 
 def forget_after(run: Path, step: int, validated: bool = True) -> None:
@@ -143,12 +163,15 @@ def forget_after(run: Path, step: int, validated: bool = True) -> None:
 
 def clear_run(run: Path, keep_decoder: bool) -> None:
     """Delete what an earlier run left in its folder, and only that; not an adapted decoder that will be looked at."""
-    records = ("log.jsonl", "validation.jsonl", "curves.png", "config.json", "README.md")
-    for name in (*records, WEIGHTS_NAME, KOHYA_NAME):
-        (run / name).unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    if not is_run(run):
+        return
+    for folder in run.glob("checkpoint-*"):  # first: nothing may be gone on from whose records are gone
+        shutil.rmtree(folder, ignore_errors=True)
     if not keep_decoder:
         (run / DECODER_NAME).unlink(missing_ok=True)
         shutil.rmtree(run / "decoder", ignore_errors=True)
-    for folder in [*run.glob("checkpoint-*"), run / "samples", run / "logs"]:
-        shutil.rmtree(folder, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
+    pictures = [*run.glob("samples/step-*.png"), *run.glob("logs/**/events.out.tfevents.*")]
+    records = ("log.jsonl", "validation.jsonl", "curves.png", "README.md", WEIGHTS_NAME, KOHYA_NAME, "config.json")
+    for path in (*pictures, *(run / name for name in records)):
+        path.unlink(missing_ok=True)

@@ -195,6 +195,7 @@ def adapt_decoder(
     # The first process alone looks what is there, as it may write before the others look
     start = round(mean_over_processes(torch.tensor(float(start), device=vae.device)).item() * num_processes)
     if start < 0:
+        _remove_checkpoints(folder, process_index)
         state, header = read_decoder(path)
         put_on_decoder(vae, state)
         return header
@@ -286,9 +287,14 @@ def adapt_decoder(
     }
     if process_index == 0:
         write_bytes(path, save(best, metadata={HEADER_KEY: canonical_json(header)}))
-        for step in checkpoint_steps(folder):
-            shutil.rmtree(folder / f"checkpoint-{step}")
+    _remove_checkpoints(folder, process_index)
     return header
+
+
+def _remove_checkpoints(folder: Path, process_index: int) -> None:
+    """Delete what only an unfinished adaptation needs, the first process alone."""
+    for step in checkpoint_steps(folder) if process_index == 0 else []:
+        shutil.rmtree(folder / f"checkpoint-{step}")
 
 
 def _find_start(folder: Path, path: Path, wanted: dict) -> int:

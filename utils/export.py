@@ -132,7 +132,9 @@ def verify_adapter(
 
 def _plain(model: nn.Module) -> nn.Module:
     """Return a copy of a model as it was before it was compiled and prepared, in fp32 on the CPU."""
-    plain = copy.deepcopy(model).cpu().float()  # what compiled it is not copied
+    tensors = [*model.parameters(), *model.buffers()]
+    on_cpu = {id(tensor): nn.Parameter(tensor.detach().cpu(), requires_grad=False) for tensor in tensors}
+    plain = copy.deepcopy(model, on_cpu).float()  # never twice on the device; what compiled it is not copied
     plain.__dict__.pop("forward", None)  # accelerate's, which computes in its own precision
     if isinstance(plain, UNet2DConditionModel):
         plain.disable_xformers_memory_efficient_attention()

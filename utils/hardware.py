@@ -112,22 +112,23 @@ def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, Refused) or not should_reduce_batch_size(error):
+        if not should_reduce_batch_size(error):
             raise
         raise Refused(f"out of memory while {doing}; {advice}") from error
 
 
-def largest_batch_size(attempt: Callable[[int], None], films: int) -> int:
+def largest_batch_size(attempt: Callable[[int], None], films: int, most: int) -> int:
     """Return the largest number of films at a time that fits into memory and divides `films` evenly.
 
     Args:
         attempt: does with a batch of a size what training will; it runs out of memory or returns.
         films: of an optimizer step and a process.
+        most: not more at a time than that.
 
     Raises:
         Refused: where not even one film fits.
     """
-    sizes = [size for size in range(films, 0, -1) if films % size == 0]
+    sizes = [size for size in range(most, 0, -1) if films % size == 0]
     untried = iter(sizes[1:])
 
     def try_out(batch_size: int) -> int:
@@ -136,7 +137,7 @@ def largest_batch_size(attempt: Callable[[int], None], films: int) -> int:
 
     try:
         search = find_executable_batch_size(
-            try_out, starting_batch_size=films, reduce_batch_size_fn=lambda: next(untried, 0)
+            try_out, starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(untried, 0)
         )
         return search()
     except RuntimeError as error:

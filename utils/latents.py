@@ -99,7 +99,7 @@ def posterior_key(
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:24]
 
 
-def hash_weights(model: nn.Module, prefixes: tuple[str, ...]) -> str:
+def hash_weights(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
     """Return the SHA-256 of those weights of a model whose names begin so, whatever their type and device."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

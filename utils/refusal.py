@@ -60,5 +60,7 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
         return 2
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n{script}: interrupted; the same command goes on from here", file=sys.stderr)
+            afresh = any(word.startswith("--resume_from_checkpoint") for word in sys.argv)
+            command = "the same command without --resume_from_checkpoint" if afresh else "the same command"
+            print(f"\n{script}: interrupted; {command} goes on from here", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

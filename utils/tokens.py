@@ -11,6 +11,8 @@ from utils.captions import fit, sentences_of
 
 def fit_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
     """Return captions whose length the tokenizer takes, longer ones cut after a sentence; see `captions.fit`."""
+    if not captions:  # of which the tokenizer makes an error
+        return []
     limit = tokenizer.model_max_length
 
     def count_tokens(text: str) -> int:
