@@ -66,7 +66,12 @@ def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: P
     write_jsonl(tmp_path / "log.jsonl", [{"step": step} for step in (1, 2, 3)])
     assert start(tmp_path, wanted="checkpoint-2")[0]["step"] == 2  # a name, as diffusers takes it
     forget_after(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "log.jsonl",
+        "validation.jsonl",
+    ]
     assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [1, 2]
 
 

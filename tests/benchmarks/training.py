@@ -54,7 +54,7 @@ from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
 from utils.hardware import has_native_bf16, use_all_cores
-from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
+from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, add_lora
 from utils.metadata import read_metadata
 from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base
@@ -68,8 +68,7 @@ SAVINGS = {
     "weights": "loss weights from a table",
     "loss": "loss left on the device",
     "fused": "fused AdamW",
-    "channels_last": "channels_last",
-    "prefetch": "batches prefetched: train_lora.py",
+    "channels_last": "channels_last: train_lora.py",
 }  # what train_lora.py saves, in the order of the rows
 COMPILED = "compiled"  # and what it does not
 PEER = "diffusers' script"
@@ -351,8 +350,6 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
         noise_scheduler.alphas_cumprod, snr_gamma, noise_scheduler.config.prediction_type
     ).to(device)
     batches = iter(DataLoader(stream, batch_sampler=deal_positions(0, STEPS_WITHOUT_END, 1, BATCH, 0, 1)))
-    if "prefetch" in savings:
-        batches = prefetch(batches)
     unet.train()
     text_encoder.train()
 
