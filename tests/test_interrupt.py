@@ -47,16 +47,28 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+SETTINGS = ["--max_train_steps", "150", "--checkpointing_steps", "1000", "--validation_steps", "150",
+            "--dataloader_num_workers", "1", "--train_batch_size"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run that no signal reaches, on one process and on two."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for processes in (1, 2):
+        args = flags(tiny_base, tiny_data, folder / str(processes), *SETTINGS, str(4 // processes))
+        assert start(processes, args, folder / "output.txt").wait(300) == 0
+    return {processes: folder / str(processes) for processes in (1, 2)}
+
+
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path, processes: int, number: int
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, unbroken: dict[int, Path], processes: int, number: int
 ) -> None:
     """On two processes only one of them gets the signal, and both leave after the same step."""
-    more = ["--max_train_steps", "150", "--checkpointing_steps", "1000", "--validation_steps", "150",
-            "--dataloader_num_workers", "1", "--train_batch_size", str(4 // processes)]  # fmt: skip
     output, run = tmp_path / "output.txt", tmp_path / "run"
-    assert start(processes, flags(tiny_base, tiny_data, tmp_path / "unbroken", *more), output).wait(300) == 0
-    process = start(processes, flags(tiny_base, tiny_data, run, *more), output)
+    args = flags(tiny_base, tiny_data, run, *SETTINGS, str(4 // processes))
+    process = start(processes, args, output)
     while not (run / "log.jsonl").exists() and process.poll() is None:  # the first 25 steps are done
         time.sleep(0.01)
     assert process.poll() is None
@@ -71,6 +83,6 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     (step,) = checkpoint_steps(run)
     assert read(run / "log.jsonl")[-1]["step"] == step
     assert 25 <= step < 150
-    assert start(processes, flags(tiny_base, tiny_data, run, *more), output).wait(300) == 0
+    assert start(processes, args, output).wait(300) == 0
     for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
-        assert (run / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+        assert (run / name).read_bytes() == (unbroken[processes] / name).read_bytes(), name
