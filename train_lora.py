@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -134,7 +133,7 @@ INTERPOLATIONS = ["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
 TRACKERS = ["tensorboard", "wandb", "comet_ml", "all", "none"]
 FLUSH_EVERY = 25  # steps between reads of the loss, each of which waits for the device
 
-# Settings that may differ between a run and its resume: where and how it is watched, not what it computes
+# Settings that may differ between a run and its resume: where, how and in what portions, not what it learns
 FREE_SETTINGS = {
     "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
@@ -178,29 +177,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="layers of the UNet that adapt, each preset with those before [feed_forward for the bundled base, else attention]",
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
-    add(
-        "--train_text_encoder_frac",
-        type=float,
-        default=1.0,
-        help="share of the steps after which it is left as it is [1]",
-    )
+    add("--train_text_encoder_frac", type=float, default=1.0, help="share of the steps in which it learns [1]")
     add("--lora_dropout", type=float, default=0.0, help="share of an adapter's inputs that a step leaves out [0]")
-    add(
-        "--use_rslora",
-        action="store_true",
-        help="scale by alpha / sqrt(rank) instead: sqrt(rank) times as much by default",
-    )
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank): sqrt(rank) times as much")
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
     add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
     add("--ema_decay", type=float, default=0.999, help="its decay is 1 - step^(-2/3), and at most this [0.999]")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the base's scheduler says]")
-    add(
-        "--rescale_betas_zero_snr",
-        action="store_true",
-        help="let the noise schedule end in noise alone; for bases that predict the velocity",
-    )
+    add("--rescale_betas_zero_snr", action="store_true", help="end the schedule in noise alone; for velocity models")
     add("--snr_gamma", type=float, help="Min-SNR weighting; 0 weighs all alike [0 for the bundled base, else 5]")
     add(
         "--box_loss_weight",
@@ -209,27 +195,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what each of a film's boxes (column boxes) adds to its loss, in whole films, however small it is [0]",
     )
     add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
-    add(
-        "--input_perturbation",
-        type=float,
-        default=0.0,
-        help="standard deviation of noise that is not in the target [0]",
-    )
+    add("--input_perturbation", type=float, default=0.0, help="standard deviation of noise beside the target's [0]")
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
-    add(
-        "--sentence_dropout",
-        type=float,
-        default=0.0,
-        help="share of a caption's sentences, but its first, left out [0]",
-    )
+    add("--sentence_dropout", type=float, default=0.0, help="share of sentences, but the first, left out [0]")
 
     add = parser.add_argument_group("decoder").add_argument
-    add(
-        "--adapt_decoder_steps",
-        type=int,
-        default=0,
-        help="steps of 8 films in which the autoencoder's decoder learns [0]",
-    )
+    add("--adapt_decoder_steps", type=int, default=0, help="steps of 8 films that the decoder learns from first [0]")
     add("--adapt_decoder_lr", type=float, help="its learning rate [1e-3 for the bundled base, else 1e-4]")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -271,9 +242,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="compile the transformer blocks: a minute first, then faster steps")
     add(
-        "--auto_batch_size",
-        action="store_true",
-        help="split --train_batch_size into as many micro-steps as memory needs",
+        "--auto_batch_size", action="store_true", help="split --train_batch_size into micro-steps that fit into memory"
     )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
@@ -492,10 +461,10 @@ def fit_decoder(
     return {"before": before, "after": after}
 
 
-def split_batch(
-    args: argparse.Namespace, accelerator: Accelerator, live: BaseModel, latent_shape: tuple[int, ...], films: int
-) -> None:
-    """Set `train_batch_size` to the most films that fit into every process's memory, out of `films` a step."""
+def fitting_batch_size(
+    accelerator: Accelerator, live: BaseModel, latent_shape: tuple[int, ...], films: int, most: int
+) -> int:
+    """Return how many films at a time, `most` of them, fit into every process's memory and divide `films` evenly."""
 
     def attempt(batch_size: int) -> None:
         """Take the memory of a micro-step."""
@@ -509,14 +478,8 @@ def split_batch(
 
     for model in (live.unet, live.text_encoder):
         model.train()
-    fits = largest_batch_size(attempt, films, args.train_batch_size)
-    fits = torch.tensor([fits], device=accelerator.device)
-    args.train_batch_size = int(accelerator.gather(fits).min())
-    args.gradient_accumulation_steps = films // args.train_batch_size
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    accelerator.print(
-        f"--auto_batch_size: {args.gradient_accumulation_steps} micro-steps of {args.train_batch_size} films a step"
-    )
+    fits = torch.tensor([largest_batch_size(attempt, films, most)], device=accelerator.device)
+    return int(accelerator.gather(fits).min())
 
 
 def flush(
@@ -783,13 +746,6 @@ def main(args: argparse.Namespace) -> None:
 
     share = range(accelerator.process_index, len(bank), accelerator.num_processes)
 
-    @lru_cache(maxsize=1)  # once a process: a fault in how files are written shows in the first of them
-    def check_adapter() -> None:
-        """Load the adapter that was just saved into a fresh stock pipeline and compare."""
-        saved, where = run_dir / WEIGHTS_NAME, (args.revision, args.variant, args.cache_dir)
-        difference, effect = verify_adapter(saved, base.name, live_unet, live_text_encoder, *where)
-        tqdm.write(f"loaded into a fresh pipeline the adapter is off by {difference:.0e}, its effect is {effect:.0e}")
-
     @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
     def validate(step: int) -> bool:
         """Score the adapters as they stand, draw samples, keep them if they are the best, and return whether to stop."""
@@ -808,6 +764,7 @@ def main(args: argparse.Namespace) -> None:
                     f"step {step}: validation films score no finite numbers. Start afresh (--resume_from_checkpoint none) at a "
                     "lower --learning_rate or with --mixed_precision bf16 or no"
                 )
+            is_first = early_stopping.best is None
             is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
             sheet = draw_samples(live, args, accelerator, step) if args.num_validation_images else None
             row = {"step": step} | summarise(scores) | {"best_step": early_stopping.best_step}
@@ -815,7 +772,12 @@ def main(args: argparse.Namespace) -> None:
                 header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": args.resolution}
                 header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
                 save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
-                check_adapter()
+            if (
+                is_best and is_first and accelerator.is_main_process
+            ):  # a fault in how files are written shows in the first
+                where = (args.revision, args.variant, args.cache_dir)
+                off, effect = verify_adapter(run_dir / WEIGHTS_NAME, base.name, live_unet, live_text_encoder, *where)
+                tqdm.write(f"loaded into a fresh pipeline the adapter is off by {off:.0e}, its effect is {effect:.0e}")
         if accelerator.is_main_process:
             first = row if step == 0 else read_jsonl(validation_log)[0]
             floor, ceiling = (first["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))
@@ -855,8 +817,12 @@ def main(args: argparse.Namespace) -> None:
                 amend_checkpoint(run_dir, step, state)
         accelerator.wait_for_everyone()
 
+    batch_size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     if args.auto_batch_size and not (state is not None and state["finished"]):
-        split_batch(args, accelerator, live, bank.latents.shape[1:], films_a_step // accelerator.num_processes)
+        films = batch_size * accumulation
+        batch_size = fitting_batch_size(accelerator, live, bank.latents.shape[1:], films, batch_size)
+        accelerator.gradient_accumulation_steps = accumulation = films // batch_size
+        say(f"--auto_batch_size: {accumulation} micro-steps of {batch_size} films a step")
     stopped = state is not None and state["finished"]
     if state is None or not state["validated"]:
         with leave.at_once():
@@ -867,7 +833,7 @@ def main(args: argparse.Namespace) -> None:
     text_encoder.train(first_step < text_encoder_steps)
     last_step = first_step if stopped else max_train_steps
     micro_batches = deal_positions(
-        position, last_step - first_step, args.gradient_accumulation_steps, args.train_batch_size,
+        position, last_step - first_step, accumulation, batch_size,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     # Read in this process: workers would die of the SIGTERM that is to be survived. Beside a GPU a thread reads ahead; on a
@@ -884,7 +850,7 @@ def main(args: argparse.Namespace) -> None:
         step_loss = torch.zeros((), device=device)
         if step > text_encoder_steps and text_encoder.training:
             text_encoder.eval()
-        for _ in range(args.gradient_accumulation_steps):
+        for _ in range(accumulation):
             batch = next(batches)
             with accelerator.accumulate(unet, text_encoder):
                 # All draws of a film belong to its position in the stream, whatever the process or the batch
@@ -932,7 +898,7 @@ def main(args: argparse.Namespace) -> None:
                 loss = (loss * loss_weights[timesteps]).mean()
 
                 accelerator.backward(loss)
-                step_loss += loss.detach() / args.gradient_accumulation_steps
+                step_loss += loss.detach() / accumulation
         grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -48,9 +48,7 @@ class TokenizedCaptions:
         lengths = list(map(len, tokenizer(fitted, verbose=False).input_ids))
         self.num_shortened = sum(map(str.__ne__, captions, fitted))
         self.num_cut = sum(length > limit for length in lengths)
-        self.whole = tokenizer(
-            fitted, padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
-        ).input_ids
+        self.whole = tokenize(tokenizer, fitted)
         sentences = [sentences_of(caption) if by_sentence else [] for caption in captions]
         ids = iter(tokenizer([s for part in sentences for s in part] or [""], add_special_tokens=False).input_ids)
         self.sentences = [[next(ids) for _ in part] for part in sentences]
@@ -60,7 +58,7 @@ class TokenizedCaptions:
         return self.whole[index]
 
     def subset(self, index: int, dropout: float, seed: int) -> Tensor:
-        """Return a caption less some of its sentences, int64 [L].
+        """Return a caption less some of its sentences, int64 [L]; for captions tokenised `by_sentence`.
 
         The first, which names the view, stays; each other is left out with probability `dropout`, and so is what then
         does not fit, from the end. A sentence that no window holds together with those before it so has its turn, too.
