@@ -174,7 +174,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--lora_targets",
         choices=list(UNET_TARGETS),
-        help="layers of the UNet that adapt, each preset with those before [feed_forward for the bundled base, else attention]",
+        help="layers of the UNet that adapt, each preset with those before [attention; for the bundled base feed_forward]",
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
     add("--train_text_encoder_frac", type=float, default=1.0, help="share of the steps in which it learns [1]")
@@ -296,9 +296,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
     least = dict(
         rank=1, text_encoder_rank=0, train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1,
-        num_train_epochs=1, adam_epsilon=1e-15, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1, validation_batch_size=1, checkpointing_steps=1,
+        num_train_epochs=1, adam_epsilon=1e-15, adam_weight_decay=0, seed=0, validation_steps=1, validation_epochs=1,
+        validation_batch_size=1, checkpointing_steps=1,
         max_validation_samples=1, max_train_samples=1, num_validation_images=0, early_stopping_patience=0,
-        checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0, max_grad_norm=1e-12,
+        checkpoints_total_limit=0, snr_gamma=0, box_loss_weight=0, noise_offset=0, learning_rate=0, text_encoder_lr=0,
+        max_grad_norm=1e-12,
         lora_alpha=1e-12, lr_warmup_steps=0, dataloader_num_workers=0, resolution=64, loraplus_lr_ratio=1e-12,
         lr_num_cycles=1, lr_power=0, input_perturbation=0, adapt_decoder_steps=0, adapt_decoder_lr=0,
     )  # fmt: skip
@@ -315,8 +317,8 @@ def check_args(args: argparse.Namespace) -> None:
     rules = re.fullmatch(r"(\d*\.?\d+:\d+,)+\d*\.?\d+", args.lr_step_rules or "")
     if (args.lr_scheduler == "piecewise_constant") != bool(rules) or bool(args.lr_step_rules) != bool(rules):
         raise Refused(
-            f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules}; expected piecewise_constant with "
-            "rules such as 1:500,0.1:800,0.01, and no other with any"
+            f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules}; expected piecewise_constant "
+            "with rules such as 1:500,0.1:800,0.01, and no other with any"
         )
     if args.export == "kohya" and args.use_dora:
         raise Refused(
@@ -510,8 +512,8 @@ def flush(
     rows, refusal = [], None
     if accelerator.scaler and len(norms) == FLUSH_EVERY and not any(map(math.isfinite, norms)):
         raise Refused(
-            f"steps {pending[0]['step']} to {pending[-1]['step']}: every gradient overflowed fp16, so nothing is learnt; use "
-            "--mixed_precision bf16 or no"
+            f"steps {pending[0]['step']} to {pending[-1]['step']}: every gradient overflowed fp16, so nothing is learnt; "
+            "use --mixed_precision bf16 or no"
         )
     for row, loss, norm in zip(pending, losses, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
@@ -606,8 +608,8 @@ def main(args: argparse.Namespace) -> None:
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # whatever the environment says
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise Refused(
-            f"{accelerator.distributed_type.value} is not supported; expected one process, or several with a whole model each "
-            "(accelerate launch --multi_gpu)"
+            f"{accelerator.distributed_type.value} is not supported; expected one process, or several with a whole model "
+            "each (accelerate launch --multi_gpu)"
         )
     device, say = accelerator.device, accelerator.print
     if device.type == "cpu":
@@ -748,7 +750,7 @@ def main(args: argparse.Namespace) -> None:
 
     @explain_out_of_memory("validating", "lower --validation_batch_size or --num_validation_images")
     def validate(step: int) -> bool:
-        """Score the adapters as they stand, draw samples, keep them if they are the best, and return whether to stop."""
+        """Score the adapters as they stand, draw samples, keep them if they are the best; return whether to stop."""
         # Its batches are of other sizes than training's, for which nothing should be compiled
         uncompiled = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
         with uncompiled, eval_mode(live_unet, live_text_encoder), averaged(ema, lora_parameters):
