@@ -1,5 +1,6 @@
 """Adapters: what is trainable, what is saved, and that every loader gets the same model back. Hermetic."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.images import load_film
 from utils.lora import (
     UNET_TARGETS,
     WEIGHTS_NAME,
+    FusedLinear,
     adapter_state,
     add_lora,
     find_adapter,
@@ -302,3 +307,141 @@ def test_without_lora_plus_there_is_one_group_in_the_models_order(tiny_base: Pat
     assert all(a is b for a, b in zip(group["params"], parameters, strict=True))
     add_lora(base.text_encoder, 0, 0, seed=0)
     assert parameter_groups(base.text_encoder, 1e-3, 16.0) == []
+
+
+def with_and_without_bias(unet) -> tuple[FusedLinear, FusedLinear]:
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    return attention.to_out[0], attention.to_k
+
+
+def pefts(layer: FusedLinear) -> Linear:
+    """A copy of a layer that computes as peft does."""
+    layer = copy.deepcopy(layer)
+    layer.__class__ = Linear
+    return layer
+
+
+def computed(layer: torch.nn.Module, x: torch.Tensor, precision: str = "no") -> list[torch.Tensor]:
+    """A layer's output, and the gradients of its input and of its adapters."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        output = layer(x)
+    (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+    return [output, x.grad, *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad)]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(alpha=6.0), dict(alpha=6.0, use_rslora=True)], ids=str)
+def test_adapted_linear_layers_compute_what_pefts_do(tiny_base: Path, options: dict) -> None:
+    torch.manual_seed(0)
+    for layer in with_and_without_bias(trained(tiny_base, **options).unet):
+        for shape in ((5,), (2, 3), (2, 2, 2), (0, 3)):
+            x = torch.randn(*shape, layer.in_features)
+            ours, theirs = computed(layer, x), computed(pefts(layer), x)
+            assert len(ours) == 4
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class Produced(TorchDispatchMode):
+    """Collects the type and the size of every tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.tensors += [(tensor.dtype, tensor.numel()) for tensor in [result] if isinstance(tensor, torch.Tensor)]
+        return result
+
+
+def test_in_bf16_no_activation_is_ever_fp32(tiny_base: Path) -> None:
+    torch.manual_seed(0)
+    unet = trained(tiny_base, alpha=6.0).unet
+    exact = copy.deepcopy(with_and_without_bias(unet))
+    cast_frozen(unet, "bf16")
+    for layer, exact_layer in zip(with_and_without_bias(unet), exact, strict=True):
+        x = torch.randn(64, 16, layer.in_features, dtype=torch.bfloat16)
+        least = 64 * 16 * min(layer.in_features, layer.out_features)
+        assert least > layer.weight.numel()
+        of_activations = {}
+        for contender in (layer, pefts(layer)):
+            with Produced() as produced:
+                output, *gradients = computed(contender, x, "bf16")
+            assert output.dtype == torch.bfloat16
+            of_activations[type(contender)] = {dtype for dtype, size in produced.tensors if size >= least}
+            assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+            for ours, true in zip([output, *gradients], computed(exact_layer, x.float()), strict=True):
+                assert (ours - true).norm() <= 1e-2 * true.norm()
+        assert of_activations == {FusedLinear: {torch.bfloat16}, Linear: {torch.bfloat16, torch.float32}}
+        assert computed(layer, x.float(), "bf16")[0].dtype == torch.bfloat16  # as after a norm
+
+
+LEFT_TO_PEFT = {
+    "dropout": lambda unet, layer: layer.lora_dropout.update({"default": torch.nn.Dropout(0.5)}),
+    "disabled": lambda unet, layer: unet.disable_adapters(),
+    "merged": lambda unet, layer: layer.merge(),
+    "two": lambda unet, layer: unet.set_adapters(["default", "other"]),
+    "frozen weights in bf16 without autocast": lambda unet, layer: cast_frozen(unet, "bf16"),
+}
+
+
+def pefts_calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The class of every layer that computes as peft does from here on."""
+    calls, forward = [], Linear.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(type(self))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("change", LEFT_TO_PEFT)
+def test_what_is_not_one_plain_adapter_is_left_to_peft(tiny_base: Path, monkeypatch, change: str) -> None:
+    unet = trained(tiny_base).unet.train()
+    unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=UNET_TARGETS["attention"]), "other")
+    unet.set_adapter("default")
+    layer, _ = with_and_without_bias(unet)
+    calls = pefts_calls(monkeypatch)
+    x = torch.randn(2, 3, layer.in_features)
+    layer(x)
+    assert calls == []
+    LEFT_TO_PEFT[change](unet, layer)
+    x = x.to(layer.weight.dtype)
+    outputs = []
+    for contender in (layer, pefts(layer)):
+        torch.manual_seed(0)
+        outputs.append(contender(x))
+    assert calls == [FusedLinear, Linear]
+    assert torch.equal(*outputs)
+    assert outputs[0].dtype == x.dtype
+
+
+def test_dora_and_mixed_batches_are_left_to_peft(tiny_base: Path, monkeypatch) -> None:
+    calls = pefts_calls(monkeypatch)
+    layer, _ = with_and_without_bias(trained(tiny_base, use_dora=True).unet)
+    x = torch.randn(2, 3, layer.in_features)
+    assert torch.equal(layer(x), pefts(layer)(x))
+    layer, _ = with_and_without_bias(trained(tiny_base).unet)
+    bare, adapted = layer.eval()(x, adapter_names=["__base__", "default"])
+    assert calls == [FusedLinear, Linear, FusedLinear]
+    assert torch.equal(bare, layer.base_layer(x)[0])
+    torch.testing.assert_close(adapted, layer(x)[1])
+
+
+def test_adapted_layers_are_copied_switched_and_compiled_whole(tiny_base: Path) -> None:
+    torch.manual_seed(0)
+    layer, _ = with_and_without_bias(trained(tiny_base).unet)
+    assert type(copy.deepcopy(layer)) is FusedLinear
+    x = torch.randn(2, 3, layer.in_features)
+    expected = computed(layer, x)
+    layer.merge()
+    layer.unmerge()
+    layer.enable_adapters(False)
+    layer.enable_adapters(True)
+    torch.testing.assert_close(computed(layer, x), expected)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(computed(compiled, x), expected)
+    torch.testing.assert_close(computed(compiled, x, "bf16"), computed(layer, x, "bf16"), rtol=2e-2, atol=2e-2)

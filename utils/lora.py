@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -28,6 +29,36 @@ UNET_TARGETS["convolutions"] = [
     *UNET_TARGETS["feed_forward"], "conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"
 ]  # fmt: skip
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class FusedLinear(Linear):
+    """peft's linear layer with adapters, W x + s B (A x), with the update added to W x by the product with B itself.
+
+    peft passes over the output once each to multiply by B, by s, and to add, and where autocast computes in bf16 it
+    first casts x to the adapters' fp32. What is not one plain adapter is left to peft.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        plain = (
+            not (args or kwargs or self.disable_adapters or self.merged)
+            and (name in self.lora_A and name not in self.lora_variant and self.lora_B[name].bias is None)
+            and (isinstance(self.lora_dropout[name], nn.Identity) or not self.lora_dropout[name].training)
+            and (type(self.base_layer) is nn.Linear and x.dim() > 1 and not x.is_meta)
+        )
+        if plain and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            plain = x.is_floating_point() and x.dtype != torch.float64  # which autocast leaves as it is
+        elif plain:
+            dtype = x.dtype
+            plain = dtype == self.base_layer.weight.dtype == self.lora_A[name].weight.dtype
+        if not plain:
+            return super().forward(x, *args, **kwargs)
+
+        rows = x.to(dtype).flatten(0, -2)  # autocast would cast for W and for A, and does not for in-place products
+        output = self.base_layer(rows)
+        output.addmm_(self.lora_A[name](rows), self.lora_B[name].weight.to(dtype).t(), alpha=self.scaling[name])
+        return output.unflatten(0, x.shape[:-1])
 
 
 def add_lora(
@@ -71,6 +102,9 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = FusedLinear
     cast_training_params(model, dtype=torch.float32)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
