@@ -45,6 +45,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -55,7 +56,7 @@ from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
 from utils.hardware import has_native_bf16, use_all_cores
 from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions
-from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, add_lora
+from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
 from utils.metadata import read_metadata
 from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base
 from utils.refusal import ArgumentParser, run
@@ -68,6 +69,7 @@ SAVINGS = {
     "weights": "loss weights from a table",
     "loss": "loss left on the device",
     "fused": "fused AdamW",
+    "lora": "LoRA in two products",
     "channels_last": "channels_last: train_lora.py",
 }  # what train_lora.py saves, in the order of the rows
 COMPILED = "compiled"  # and what it does not
@@ -336,6 +338,10 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
     text_encoder_parameters = add_lora(text_encoder, RANK, RANK, derive_seed(SEED, "text_encoder"))
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
+    if "lora" not in savings:
+        for module in (*unet.modules(), *text_encoder.modules()):
+            if type(module) is FusedLinear:
+                module.__class__ = Linear
     if COMPILED in savings:
         unet.compile_repeated_blocks(fullgraph=True)
     groups = [
