@@ -39,6 +39,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
@@ -62,9 +63,11 @@ from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import (
     choose_adamw,
     choose_mixed_precision,
+    compile_blocks,
     compile_problem,
     explain_out_of_memory,
     largest_batch_size,
+    record,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
@@ -138,7 +141,7 @@ FREE_SETTINGS = {
     "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
     "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps", "auto_batch_size",
-    "gradient_checkpointing", "validation_batch_size", "num_validation_images", "validation_prompt", "export",
+    "gradient_checkpointing", "cuda_graph", "validation_batch_size", "num_validation_images", "validation_prompt", "export",
 }  # fmt: skip
 
 
@@ -240,7 +243,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="TensorFloat-32 matrix products on Ampere and later [with bf16 and fp16]",
     )
-    add("--compile", action="store_true", help="compile the transformer blocks: a minute first, then faster steps")
+    add("--compile", action="store_true", help="compile the UNet's blocks: a minute or two first, then faster steps")
+    add("--cuda_graph", action="store_true", help="launch a step at once: faster where batches are small for the GPU")
     add(
         "--auto_batch_size", action="store_true", help="split --train_batch_size into micro-steps that fit into memory"
     )
@@ -326,6 +330,11 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.compile and args.use_dora:
         raise Refused("--compile with --use_dora; peft's DoRA cannot be compiled whole, so leave out one of the two")
+    for flag in ("gradient_checkpointing", "lora_dropout"):
+        if args.cuda_graph and getattr(args, flag):
+            raise Refused(
+                f"--cuda_graph with --{flag}, whose random numbers a graph would repeat; leave out one of the two"
+            )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
@@ -422,9 +431,7 @@ def choose_kernels(
         if problem := compile_problem(device):
             warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
         else:
-            # A graph for every width and resolution, and once more where the text encoder stops
-            torch._dynamo.config.recompile_limit = 64
-            unet.compile_repeated_blocks(fullgraph=True)
+            compile_blocks(unet)
 
 
 def fit_decoder(
@@ -662,6 +669,8 @@ def main(args: argparse.Namespace) -> None:
     if args.resolution % base.pixel_multiple:
         raise Refused(f"--resolution {args.resolution}; this base needs a multiple of {base.pixel_multiple}")
     vae = base.vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    if args.resolution >= 512:
+        vae.enable_slicing()  # a film at a time: sixteen need 13 GiB, and are no quicker
     scaling_factor = vae.config.scaling_factor
     loss_weights = min_snr_weights(
         noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
@@ -677,6 +686,9 @@ def main(args: argparse.Namespace) -> None:
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
     choose_kernels(args, unet, text_encoder, device)
+    if args.cuda_graph and (device.type != "cuda" or accelerator.num_processes > 1):
+        warnings.warn("--cuda_graph needs one process on a CUDA device: steps are launched as ever", stacklevel=1)
+        args.cuda_graph = False
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
     rate_factor = films_a_step if args.scale_lr else 1
@@ -819,6 +831,19 @@ def main(args: argparse.Namespace) -> None:
                 amend_checkpoint(run_dir, step, state)
         accelerator.wait_for_everyone()
 
+    def learn(
+        noisy_latents: Tensor, timesteps: Tensor, input_ids: Tensor, target: Tensor, place_weights: Tensor
+    ) -> Tensor:
+        """Predict the noise, or the velocity, from caption and noisy latents, add the error's gradients, return its mean."""
+        with torch.set_grad_enabled(text_encoder.training):
+            encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
+        model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        error = F.mse_loss(model_pred.float(), target, reduction="none")  # [B, C, h, w]
+        loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))  # [B]
+        loss = (loss * loss_weights[timesteps]).mean()
+        accelerator.backward(loss)
+        return loss.detach()
+
     batch_size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     if args.auto_batch_size and not (state is not None and state["finished"]):
         films = batch_size * accumulation
@@ -843,7 +868,7 @@ def main(args: argparse.Namespace) -> None:
     batches = iter(DataLoader(stream, batch_sampler=micro_batches, pin_memory=device.type == "cuda"))
     if device.type == "cuda":
         batches = prefetch(batches)
-    pending, started = [], time.monotonic()
+    pending, recorded, started = [], None, time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
         disable=not accelerator.is_local_main_process,
@@ -852,6 +877,8 @@ def main(args: argparse.Namespace) -> None:
         step_loss = torch.zeros((), device=device)
         if step > text_encoder_steps and text_encoder.training:
             text_encoder.eval()
+            recorded = None
+            optimizer.zero_grad()  # gradients of zero would let its weights decay
         for _ in range(accumulation):
             batch = next(batches)
             with accelerator.accumulate(unet, text_encoder):
@@ -884,8 +911,6 @@ def main(args: argparse.Namespace) -> None:
                 draws = [torch.rand(1, generator=g, device=device) for g in generators]
                 dropped = torch.cat(draws) < args.caption_dropout  # [B]
                 input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
-                with torch.set_grad_enabled(step <= text_encoder_steps):
-                    encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
 
                 # Predict the noise, or the velocity, and weigh the error by place and by timestep. A box counts only beside
                 # the caption that names its finding: without one it would draw findings into what guidance leads away from
@@ -893,17 +918,15 @@ def main(args: argparse.Namespace) -> None:
                     target = noise
                 else:
                     target = noise_scheduler.get_velocity(latents, noise, timesteps)
-                model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-                error = F.mse_loss(model_pred.float(), target, reduction="none")  # [B, C, h, w]
                 place_weights = torch.where(dropped[:, None, None], 1.0, batch["place_weights"])  # [B, h, w]
-                loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))  # [B]
-                loss = (loss * loss_weights[timesteps]).mean()
-
-                accelerator.backward(loss)
-                step_loss += loss.detach() / accumulation
+                inputs = noisy_latents, timesteps, input_ids, target, place_weights
+                if args.cuda_graph and recorded is None:
+                    learning = lora_parameters if text_encoder.training else unet_parameters
+                    recorded = record(learn, inputs, learning)
+                step_loss += (recorded or learn)(*inputs) / accumulation
         grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=recorded is None)
         if ema is not None:
             ema.step(lora_parameters)
         rate = lr_scheduler.get_last_lr()[0]

@@ -1,10 +1,12 @@
 """What only a CUDA device can show: `pytest -m gpu`. Tiny models, seconds each."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_lora
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.hardware import xformers_problem
@@ -30,7 +32,7 @@ def test_half_precision_learns_what_fp32_learns(
 
 @pytest.mark.parametrize(
     ("flag", "tolerance"),
-    [("--gradient_checkpointing", 1e-4), ("--compile", 1e-3), ("--use_8bit_adam", 0.05)],
+    [("--gradient_checkpointing", 1e-4), ("--compile", 1e-3), ("--use_8bit_adam", 0.05), ("--cuda_graph", 1e-4)],
 )
 def test_what_only_saves_does_not_change_what_is_learnt(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, flag: str, tolerance: float
@@ -41,12 +43,49 @@ def test_what_only_saves_does_not_change_what_is_learnt(
     assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_recorded_step_adds_gradients_up_and_stops_the_text_encoder(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, precision: str
+) -> None:
+    more = ("--max_train_steps", "8", "--gradient_accumulation_steps", "2", "--train_text_encoder_frac", "0.5",
+            "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4")  # fmt: skip
+    ends = []
+    for name, flag in (("launched", ()), ("recorded", ("--cuda_graph",))):
+        train(tiny_base, tiny_data, tmp_path / name, *more, *flag, precision=precision)
+        ends.append([load_checkpoint(tmp_path / name / f"checkpoint-{step}")[1]["adapters"] for step in (4, 8)])
+    assert losses(tmp_path / "recorded") == pytest.approx(losses(tmp_path / "launched"), rel=1e-3)
+    launched, recorded = (steps[1] for steps in ends)
+    torch.testing.assert_close(recorded, launched, rtol=1e-2, atol=1e-3)
+    for steps in ends:
+        still = [name for name in steps[0] if torch.equal(steps[0][name], steps[1][name])]
+        assert still == [name for name in steps[0] if name.startswith("text_encoder.")]
+
+
 @pytest.mark.skipif(xformers_problem() is not None, reason=str(xformers_problem()))
 def test_xformers_and_sdpa_predict_the_same(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     train(tiny_base, tiny_data, tmp_path / "sdpa", "--max_train_steps", "3", precision="bf16")
     train(tiny_base, tiny_data, tmp_path / "xformers", "--max_train_steps", "3",
           "--enable_xformers_memory_efficient_attention", precision="bf16")  # fmt: skip
     assert losses(tmp_path / "xformers") == pytest.approx(losses(tmp_path / "sdpa"), rel=0.01)
+
+
+def test_a_step_never_waits_for_the_device(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that waits leaves the device without work. From the third step on, once tables have moved there."""
+    steps, prefetch = 12, train_lora.prefetch
+
+    def watched(batches: Iterable[dict]) -> Iterator[dict]:
+        for step, batch in enumerate(prefetch(batches), 1):
+            torch.cuda.set_sync_debug_mode("error" if 2 < step < steps else "default")  # the last one is logged
+            yield batch
+
+    monkeypatch.setattr(train_lora, "prefetch", watched)
+    try:
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", str(steps), "--use_ema", precision="bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(losses(tmp_path / "run")) == steps
 
 
 def test_killed_and_resumed_it_ends_in_the_same_numbers(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:

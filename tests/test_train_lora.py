@@ -147,6 +147,32 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         assert {torch.uint8, torch.float32} == set(moments)
 
 
+def test_compiled_blocks_learn_what_plain_ones_do(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole, with the compiler's slow last stage left out; a second time where the text encoder stops."""
+    more = ("--max_train_steps", "4", "--validation_steps", "2", "--train_text_encoder_frac", "0.5")
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def trace(module: torch.nn.Module, **options) -> None:
+        compiled.append(type(module))
+        compile_module(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    train(tiny_base, tiny_data, tmp_path / "plain", *more)
+    assert not compiled
+    train(tiny_base, tiny_data, tmp_path / "compiled", *more, "--compile")
+    assert {kind.__name__ for kind in compiled} == {"ResnetBlock2D", "Transformer2DModel"}
+    plain, traced = ([row["loss"] for row in read(tmp_path / run / "log.jsonl")] for run in ("plain", "compiled"))
+    assert traced == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_graph_is_left_out_on_a_cpu_and_said(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="--cuda_graph needs one process on a CUDA device"):
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", "--cuda_graph")
+    assert len(read(tmp_path / "run" / "log.jsonl")) == 1
+
+
 def test_a_velocity_model_is_trained_on_the_velocity(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +379,8 @@ def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_pa
         (["--rescale_betas_zero_snr"], "v_prediction"),
         (["--lr_step_rules", "1:500"], "--lr_step_rules 1:500"),
         (["--compile", "--use_dora"], "--use_dora"),
+        (["--cuda_graph", "--gradient_checkpointing"], "--gradient_checkpointing"),
+        (["--cuda_graph", "--lora_dropout", "0.1"], "--lora_dropout"),
         (["--export", "kohya", "--use_dora"], "--use_dora"),
         (["--box_loss_weight", "0.5"], "no film of .* has a box"),
     ],

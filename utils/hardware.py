@@ -1,13 +1,17 @@
 """What this machine computes well in, and how much of it fits: precision, threads, kernels, memory."""
 
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
 
 from utils.refusal import Refused
 
@@ -99,6 +103,59 @@ def compile_problem(device: torch.device) -> str | None:
     except Exception as error:  # a missing compiler shows as one of many
         return " ".join(str(error).split())[:160]
     return None
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Have a UNet's transformers and residual blocks compiled when they are first called, each shape by itself.
+
+    Those are all but a few of its layers. Compiled one by one they take a minute or two, as a whole several times that.
+    """
+    torch._dynamo.config.recompile_limit = 128  # a graph for every width and side, and again without a text encoder's
+    for block in unet.modules():
+        if isinstance(block, Transformer2DModel | ResnetBlock2D):
+            block.compile(fullgraph=True, dynamic=False)
+
+
+def record(
+    step: Callable[..., Tensor], inputs: Sequence[Tensor], gradients_of: Sequence[Tensor]
+) -> Callable[..., Tensor]:
+    """Record all that a step does on a CUDA device, and return a function that has the device do it again, at once.
+
+    A step of Stable Diffusion launches some six thousand kernels; where the host takes longer to launch them than the
+    device to run them, small batches take as long as large ones. A CUDA graph is launched as a whole (Gray 2019,
+    "Getting Started with CUDA Graphs", NVIDIA). It computes with the same kernels on the same storage: parameters have
+    to be changed in place from here on, and gradients, which it adds to, zeroed in place.
+
+    Args:
+        step: takes tensors and returns one, calls `backward` itself, draws nothing at random and waits for nothing.
+        inputs: tensors of the shapes and types that it will always be given.
+        gradients_of: the parameters that it computes gradients of; they are zero afterwards.
+
+    Returns:
+        What stands in for `step`. The tensor it returns is overwritten by the next call.
+    """
+    buffers = [tensor.clone() for tensor in inputs]
+    for parameter in gradients_of:
+        parameter.grad = torch.zeros_like(parameter)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose kernels and compilers compile in the first calls
+            step(*buffers)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning a batch
+        result = step(*buffers)
+    torch._foreach_zero_([parameter.grad for parameter in gradients_of])
+
+    @functools.wraps(step)
+    def replay(*inputs: Tensor) -> Tensor:
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return result
+
+    return replay
 
 
 @contextmanager
