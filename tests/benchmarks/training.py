@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -54,8 +55,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
-from utils.hardware import has_native_bf16, use_all_cores
-from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions
+from utils.hardware import compile_blocks, has_native_bf16, record, use_all_cores
+from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
 from utils.metadata import read_metadata
 from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base
@@ -72,7 +73,7 @@ SAVINGS = {
     "lora": "LoRA in two products",
     "channels_last": "channels_last: train_lora.py",
 }  # what train_lora.py saves, in the order of the rows
-COMPILED = "compiled"  # and what it does not
+COMPILED, GRAPH = "compiled", "graph"  # and what it does with --compile and with --cuda_graph
 PEER = "diffusers' script"
 FILM_SIDE = 512  # pixels, as download.py stores films of patients
 RANK, BATCH, SEED = 16, 8, 0
@@ -87,6 +88,7 @@ FEW_FILMS, MANY_FILMS = 500, 50_000
 GROWTH_BAR, GROWTH_MB = 1.1, 20
 CONTEXT = multiprocessing.get_context("fork")  # imports are paid for once; the parent itself computes nothing
 STEPS_WITHOUT_END = 10**9
+BASE = partial(load_base, BUNDLED_BASE)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,16 +115,17 @@ def main(args: argparse.Namespace) -> int:
 
         # The rows: the peer, then ours with one saving more each
         demo = (demo_stream, data, cache)
-        rows = {PEER: start(PEER, peer, data, "no", args.snr_gamma)}
+        rows = {PEER: start(PEER, peer, BASE, data, BATCH, "no", args.snr_gamma)}
         saved: tuple[str, ...] = ()
-        rows["ours, nothing saved"] = start("ours", ours, demo, saved, "no", args.snr_gamma)
+        rows["ours, nothing saved"] = start("ours", ours, BASE, demo, saved, BATCH, "no", args.snr_gamma)
         for saving, name in SAVINGS.items():
             saved = (*saved, saving)
-            rows[f"+ {name}"] = full = start(name, ours, demo, saved, "no", args.snr_gamma)
+            rows[f"+ {name}"] = full = start(name, ours, BASE, demo, saved, BATCH, "no", args.snr_gamma)
         if not args.no_compile:
-            rows["+ blocks compiled"] = start(COMPILED, ours, demo, (*saved, COMPILED), "no", args.snr_gamma)
-        rows["train_lora.py in bf16"] = bf16 = start("bf16", ours, demo, saved, "bf16", args.snr_gamma)
-        rows[f"{PEER} in bf16"] = start("bf16", peer, data, "bf16", args.snr_gamma)
+            compiled = (*saved, COMPILED)
+            rows["+ blocks compiled"] = start(COMPILED, ours, BASE, demo, compiled, BATCH, "no", args.snr_gamma)
+        rows["train_lora.py in bf16"] = bf16 = start("bf16", ours, BASE, demo, saved, BATCH, "bf16", args.snr_gamma)
+        rows[f"{PEER} in bf16"] = start("bf16", peer, BASE, data, BATCH, "bf16", args.snr_gamma)
 
         # Warm-up, then turns
         warm_up(rows.values())
@@ -162,7 +165,10 @@ def main(args: argparse.Namespace) -> int:
 
         # The cache does not grow into memory, nor into time
         streams = {n: (made_up_stream, Path(temporary) / f"{n}-films", n) for n in (FEW_FILMS, MANY_FILMS)}
-        few, many = (start(f"{n} films", ours, stream, saved, "no", args.snr_gamma) for n, stream in streams.items())
+        few, many = (
+            start(f"{n} films", ours, BASE, stream, saved, BATCH, "no", args.snr_gamma)
+            for n, stream in streams.items()
+        )
         warm_up((few, many))
         for _ in range(args.cache_rounds):
             for contender in (few, many):
@@ -198,15 +204,16 @@ def main(args: argparse.Namespace) -> int:
 class ImageFolder(Dataset):
     """Films of an imagefolder as diffusers' script makes them when they are asked for, a batch of rows at a time."""
 
-    def __init__(self, directory: Path, rows: Sequence[dict], tokenizer, resolution: int):
-        self.directory, self.rows, self.tokenizer, self.resolution = directory, rows, tokenizer, resolution
+    def __init__(self, directory: Path, base: BaseModel, read_film: Callable[[Path, int], Tensor]):
+        self.directory, self.rows = directory, read_metadata(directory)
+        self.tokenizer, self.resolution, self.read_film = base.tokenizer, base.resolution, read_film
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         rows = [self.rows[i] for i in indices]
-        pixel_values = [read_pixel_values(self.directory / row["file_name"], self.resolution) for row in rows]
+        pixel_values = [self.read_film(self.directory / row["file_name"], self.resolution) for row in rows]
         input_ids = tokens_of(self.tokenizer, [row["text"] for row in rows])
         return [dict(pixel_values=film, input_ids=ids) for film, ids in zip(pixel_values, input_ids, strict=True)]
 
@@ -234,11 +241,18 @@ def tokens_of(tokenizer, captions: Sequence[str]) -> Tensor:
     return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def peer(data_dir: Path, precision: str, snr_gamma: float) -> Callable[[int], list[float]]:
+def peer(
+    make_base: Callable[[], BaseModel],
+    data_dir: Path,
+    batch_size: int,
+    precision: str,
+    snr_gamma: float,
+    read_film: Callable[[Path, int], Tensor] = read_pixel_values,
+) -> Callable[[int], list[float]]:
     """Return a function that takes steps as diffusers' script takes them, and returns their losses."""
     diffusers.utils.logging.set_verbosity_error()  # of a cast that is none
     accelerator = Accelerator(mixed_precision=precision)
-    base = load_base(BUNDLED_BASE)
+    base = make_base()
     noise_scheduler, text_encoder, vae, unet = base.noise_scheduler, base.text_encoder, base.vae, base.unet
     weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     for model in (unet, vae, text_encoder):
@@ -255,8 +269,8 @@ def peer(data_dir: Path, precision: str, snr_gamma: float) -> Callable[[int], li
     optimizer = torch.optim.AdamW(
         [{"params": parameters[0], "lr": LEARNING_RATE}, {"params": parameters[1], "lr": TEXT_ENCODER_LR}]
     )
-    films = ImageFolder(data_dir, read_metadata(data_dir), base.tokenizer, base.resolution)
-    dataloader = DataLoader(films, shuffle=True, batch_size=BATCH, collate_fn=collate, num_workers=0)
+    films = ImageFolder(data_dir, base, read_film)
+    dataloader = DataLoader(films, shuffle=True, batch_size=batch_size, collate_fn=collate, drop_last=True)
     lr_scheduler = get_scheduler("constant", optimizer)
     unet, text_encoder, optimizer, dataloader, lr_scheduler = accelerator.prepare(
         unet, text_encoder, optimizer, dataloader, lr_scheduler
@@ -285,7 +299,7 @@ def peer(data_dir: Path, precision: str, snr_gamma: float) -> Callable[[int], li
                 loss = (error.mean(dim=(1, 2, 3)) * loss_weights).mean()
             else:
                 loss = F.mse_loss(model_pred.float(), target.float())
-            logged = accelerator.gather(loss.repeat(BATCH)).mean().item()
+            logged = accelerator.gather(loss.repeat(batch_size)).mean().item()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_([*parameters[0], *parameters[1]], MAX_GRAD_NORM)
@@ -315,21 +329,34 @@ def recomputed_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float) -> 
     return capped / (snr if noise_scheduler.config.prediction_type == "epsilon" else snr + 1)
 
 
-def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: float) -> Callable[[int], list[float]]:
+def ours(
+    make_base: Callable[[], BaseModel],
+    make_stream: tuple,
+    savings: Sequence[str],
+    batch_size: int,
+    precision: str,
+    snr_gamma: float,
+    read_film: Callable[[Path, int], Tensor] = read_pixel_values,
+) -> Callable[[int], list[float]]:
     """Return a function that takes steps as train_lora.py does, and returns their losses.
 
     Args:
+        make_base: returns models of its own.
         make_stream: a function and the arguments that follow the base; it returns what `demo_stream` does.
-        savings: keys of SAVINGS, and COMPILED. Where one is missing, the step does what the peer does in that place.
+        savings: keys of SAVINGS, COMPILED and GRAPH. Where one is missing, the step does what the peer does in that place.
+        batch_size: films a step.
         precision: "no" or "bf16".
         snr_gamma: 0 weighs all timesteps alike.
+        read_film: returns the pixels of a file at a resolution, as `read_pixel_values` does.
     """
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
-    base = load_base(BUNDLED_BASE)
+    base = make_base()
     noise_scheduler, tokenizer, vae = base.noise_scheduler, base.tokenizer, base.vae.requires_grad_(False).to(device)
     scaling_factor, resolution = vae.config.scaling_factor, base.resolution
     stream, captions, paths = make_stream[0](base, *make_stream[1:])
+    if "latents" not in savings:
+        vae.to({"no": torch.float32, "bf16": torch.bfloat16}[precision])
     empty_ids = tokenize(tokenizer, [""]).to(device)
     unet, text_encoder = base.unet, base.text_encoder
     if "channels_last" in savings:
@@ -343,7 +370,7 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
             if type(module) is FusedLinear:
                 module.__class__ = Linear
     if COMPILED in savings:
-        unet.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(unet)
     groups = [
         {"params": unet_parameters, "lr": LEARNING_RATE},
         {"params": text_encoder_parameters, "lr": TEXT_ENCODER_LR},
@@ -355,27 +382,45 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
     loss_weights = min_snr_weights(
         noise_scheduler.alphas_cumprod, snr_gamma, noise_scheduler.config.prediction_type
     ).to(device)
-    batches = iter(DataLoader(stream, batch_sampler=deal_positions(0, STEPS_WITHOUT_END, 1, BATCH, 0, 1)))
+    positions = deal_positions(0, STEPS_WITHOUT_END, 1, batch_size, 0, 1)
+    batches = iter(DataLoader(stream, batch_sampler=positions, pin_memory="prefetch" in savings))
+    if "prefetch" in savings:
+        batches = prefetch(batches)
     unet.train()
     text_encoder.train()
 
+    recorded = []
+
+    def learn(
+        noisy_latents: Tensor, timesteps: Tensor, input_ids: Tensor, target: Tensor, place_weights: Tensor
+    ) -> Tensor:
+        encoder_hidden_states = text_encoder(input_ids)[0]
+        model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        error = F.mse_loss(model_pred.float(), target, reduction="none")
+        loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))
+        if "weights" in savings or not snr_gamma:
+            loss = (loss * loss_weights[timesteps]).mean()
+        else:
+            loss = (loss * recomputed_weights(noise_scheduler, timesteps, snr_gamma)).mean()
+        accelerator.backward(loss)
+        return loss.detach()
+
     def step(batch: dict[str, Tensor]) -> Tensor | float:
-        films = [stream.film_at(place) for place in batch["position"].tolist()]
+        places = batch["position"].tolist()
+        films = [stream.film_at(place) for place in places]
         with accelerator.accumulate(unet, text_encoder):
-            generators = [
-                torch.Generator().manual_seed(derive_seed(SEED, "draws", place))
-                for place in batch["position"].tolist()
-            ]
+            generators = [torch.Generator(device).manual_seed(derive_seed(SEED, "draws", place)) for place in places]
             if "latents" in savings:
                 mean, std = batch["mean"].to(device, non_blocking=True), batch["std"].to(device, non_blocking=True)
             else:
-                pixel_values = torch.stack([read_pixel_values(paths[film], resolution) for film in films])
-                posterior = vae.encode(pixel_values.to(device)).latent_dist
-                mean, std = posterior.mean, posterior.std
+                pixel_values = torch.stack([read_film(paths[film], resolution) for film in films])
+                posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
+                mean, std = posterior.mean.float(), posterior.std.float()
             latents = (mean + std * randn_tensor(mean.shape, generators, device)) * scaling_factor
             noise = randn_tensor(latents.shape, generators, device)
             num_timesteps = noise_scheduler.config.num_train_timesteps
-            timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]).to(device)
+            draws = [torch.randint(num_timesteps, (1,), generator=g, device=device) for g in generators]
+            timesteps = torch.cat(draws)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
 
             if "tokens" in savings:
@@ -383,37 +428,30 @@ def ours(make_stream: tuple, savings: Sequence[str], precision: str, snr_gamma: 
             else:
                 input_ids = tokens_of(tokenizer, [captions[film] for film in films])
             # As many are drawn as there, but none left empty: the peer has no caption dropout
-            dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < 0
-            input_ids = torch.where(dropped[:, None].to(device), empty_ids, input_ids.to(device))
-            encoder_hidden_states = text_encoder(input_ids)[0]
-
+            dropped = torch.cat([torch.rand(1, generator=g, device=device) for g in generators]) < 0
+            input_ids = torch.where(dropped[:, None], empty_ids, input_ids.to(device, non_blocking=True))
             if noise_scheduler.config.prediction_type == "epsilon":
                 target = noise
             else:
                 target = noise_scheduler.get_velocity(latents, noise, timesteps)
-            model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-            error = F.mse_loss(model_pred.float(), target, reduction="none")
             place_weights = batch["place_weights"].to(device, non_blocking=True)
-            place_weights = torch.where(dropped[:, None, None].to(device), 1.0, place_weights)
-            loss = (error * place_weights[:, None]).mean(dim=(1, 2, 3))
-            if "weights" in savings or not snr_gamma:
-                loss = (loss * loss_weights[timesteps]).mean()
-            else:
-                loss = (loss * recomputed_weights(noise_scheduler, timesteps, snr_gamma)).mean()
-
-            logged = loss.detach()
+            place_weights = torch.where(dropped[:, None, None], 1.0, place_weights)
+            inputs = noisy_latents, timesteps, input_ids, target, place_weights
+            if GRAPH in savings and not recorded:
+                recorded.append(record(learn, inputs, lora_parameters))
+            loss = (recorded[0] if recorded else learn)(*inputs)
+            logged = loss.clone()
             if "loss" not in savings:
-                logged = accelerator.gather(loss.repeat(BATCH)).mean().item()
-            accelerator.backward(loss)
+                logged = accelerator.gather(loss.repeat(batch_size)).mean().item()
             accelerator.clip_grad_norm_(lora_parameters, MAX_GRAD_NORM)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not recorded)
             if "loss" not in savings:
-                loss.detach().item()
+                loss.item()
         lr_scheduler.step()
         return logged
 
-    return lambda num_steps: torch.tensor([step(next(batches)) for _ in range(num_steps)]).tolist()
+    return lambda num_steps: [float(loss) for loss in [step(next(batches)) for _ in range(num_steps)]]
 
 
 # What the steps are taken over
