@@ -8,8 +8,9 @@ Four parts, all of them through the command line of train_lora.py on a tiny base
                bytes of an unbroken run, with no file more or less
     signals    SIGTERM and SIGINT at random instants: the run has to end by itself with a checkpoint of the step it was
                in, and the same command in the same bytes
-    processes  two processes against one at the same films a step, with and without accumulation: losses, validations,
-               cached posteriors and samples
+    processes  two processes, with and without accumulation, against one at the same films a step, over several seeds:
+               losses, gradient norms, validations, cached posteriors and samples at the script's default rates; at a
+               hundred times those, losses against what rounding alone comes to
     failures   a film that one process cannot read, a process that is killed, a loss that is not finite: the job has to
                end, soon, with the reason in what it says
 
@@ -42,6 +43,7 @@ from PIL import Image
 
 from tests.conftest import build_base, build_data
 from tests.training import flags, kill, start
+from train_lora import RECIPES
 from utils.checkpoint import TENSORS_NAME, checkpoint_steps
 from utils.files import read_jsonl
 from utils.refusal import ArgumentParser, run
@@ -50,7 +52,18 @@ PARTS = ("kills", "signals", "processes", "failures")
 FILMS_A_STEP = 8
 VALIDATION_STEPS, CHECKPOINTING_STEPS = 20, 7
 VALIDATION_S, CHECKPOINT_S = 0.4, 0.02  # about as long as one takes here
-LOSS_BAR = 1e-5
+RATES = {
+    "default": tuple(RECIPES["stable-diffusion"][name] for name in ("learning_rate", "text_encoder_lr")),
+    "high": (1e-2, 1e-2),
+}  # fmt: skip
+# Processes and micro-steps of 8 films a step. A split of one process differs from the first by the order of summation
+# alone: what rounding comes to for the split of two below it, which has its micro-batches
+SPLITS = {
+    "one": (1, 1), "one, 2 parts": (1, 2), "two": (2, 1), "one, 4 parts": (1, 4), "two, 2 parts": (2, 2),
+}  # fmt: skip
+LOSS_BAR = 1e-5  # at the default rates
+NORM_BAR = 1e-5  # of the gradient before it is clipped, relative; AdamW hides a factor on it from the losses
+ROUNDING_BAR = 3  # at the high rates: how many times what rounding alone makes of either
 SCORE_BARS = {"ssim": 5e-5, "psnr": 2e-4, "mse": 1e-5}  # a pixel that rounds to the next grey level: 1e-6 and 2e-5 dB
 POSTERIOR_BAR = 1e-6
 GREY_BAR = 1
@@ -67,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--signals", type=int, default=5, help="of each kind and a number of processes [5]")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="from --seed on, of processes [3]")
     parser.add_argument("--show", action="store_true", help="print the last 30 lines of what failing jobs say")
     return parser.parse_args(argv)
 
@@ -87,8 +101,7 @@ def main(args: argparse.Namespace) -> int:
                     name = f"{number.name}, {processes}"
                     passed[name] = signals(root, unbroken, processes, number, args)
         if "processes" in args.only:
-            for accumulation in (1, 4):
-                passed[f"two processes, accumulation {accumulation}"] = two_against_one(root, accumulation, args.steps)
+            passed |= two_against_one(root, args)
         if "failures" in args.only:
             passed |= failures(root, args)
     bad = [name for name, outcome in passed.items() if not outcome]
@@ -301,49 +314,67 @@ def same_values(one: Any, other: Any) -> bool:
     return one == other
 
 
-def two_against_one(root: Path, accumulation: int, steps: int) -> bool:
-    """Train on one process and on two, at the same films a step, and print how far apart they are."""
-    runs, caches = {}, {}
-    for processes in (1, 2):
-        runs[processes] = root / f"whole{processes}-{accumulation}"
-        caches[processes] = root / f"cache{processes}-{accumulation}"
-        more = ["--num_validation_images", "2", "--gradient_accumulation_steps", str(accumulation)]
-        more += ["--train_batch_size", str(FILMS_A_STEP // processes // accumulation)]
-        more += ["--cache_dir", str(caches[processes])]
-        output = root / f"{runs[processes].name}.txt"
-        status, _ = finish(processes, command(root, runs[processes], processes, steps, *more), output)
-        if status:
-            print(f"{processes} processes: status {status}\n{tail(output)}")
-            return False
-    log, other_log = (read_jsonl(runs[processes] / "log.jsonl") for processes in (1, 2))
-    print(f"\ntwo processes against one, accumulation {accumulation}: the largest difference\n{'steps':>12}"
-          f"{'loss':>10}{'relative':>10}{'gradient norm, relative':>25}")  # fmt: skip
-    losses, norms = (np.array([[row[k] for row in rows] for rows in (log, other_log)]) for k in ("loss", "grad_norm"))
-    apart, apart_norms = np.abs(losses[1] - losses[0]), np.abs(norms[1] / norms[0] - 1)
-    for first in range(0, steps, max(1, steps // 5)):
-        part = slice(first, first + max(1, steps // 5))
-        print(f"{f'{first + 1}-{min(part.stop, steps)}':>12}{apart[part].max():>10.1e}"
-              f"{(apart / losses[0])[part].max():>10.1e}{apart_norms[part].max():>25.1e}")  # fmt: skip
-    rows, other_rows = (read_jsonl(runs[processes] / "validation.jsonl") for processes in (1, 2))
-    scores = {k: np.abs([one[k] - two[k] for one, two in zip(rows, other_rows, strict=True)])
-              for k in SCORE_BARS}  # fmt: skip
-    for name, values in scores.items():
-        at = ", ".join(f"{value:.1e}" for value in values)
-        print(f"validation {name}: {values.max():.1e}; by validation from step 0: {at}")
-    posteriors = {name: difference(*(next(caches[p].rglob(f"{name}.npy")) for p in (1, 2)), np.load)
-                  for name in ("mean", "std")}  # fmt: skip
-    grey, num_differing = difference(
-        *(max((runs[p] / "samples").iterdir()) for p in (1, 2)), lambda path: np.asarray(Image.open(path))
-    )
-    for name, (most, number) in posteriors.items():
+def two_against_one(root: Path, args: argparse.Namespace) -> dict[str, bool]:
+    """Train on one process and on two, at the same films a step, and print how far they are from the first split."""
+    print("\ntwo processes against one: the largest difference of losses, in each fifth of the steps and in all, and of\n"
+          "gradient norms, relative; how many times what rounding alone makes of either\n"
+          f"{'rates':<9}{'seed':>4}  {'split':<18}{'1':>9}{'2':>9}{'3':>9}{'4':>9}{'5':>9}{'all':>9}{'norms':>9}"
+          f"{'loss':>9}{'norms':>9}")  # fmt: skip
+    passed = {}
+    for rates, (learning_rate, text_encoder_lr) in RATES.items():
+        for seed in range(args.seed, args.seed + args.seeds):
+            runs, logs = {}, {}
+            for split, (processes, accumulation) in SPLITS.items():
+                name = f"{rates}, seed {seed}, {split}"
+                runs[split] = root / name.replace(", ", "-")
+                more = dict(
+                    num_validation_images=2, validation_steps=max(1, args.steps // 2), seed=seed,
+                    gradient_accumulation_steps=accumulation,
+                    train_batch_size=FILMS_A_STEP // processes // accumulation,
+                    learning_rate=learning_rate, text_encoder_lr=text_encoder_lr,
+                    max_grad_norm=0.1,  # clips part of the steps here
+                    cache_dir=root / f"cache-of-{processes}",
+                )  # fmt: skip
+                more = [word for flag, value in more.items() for word in (f"--{flag}", str(value))]
+                output = root / f"{runs[split].name}.txt"
+                status, _ = finish(processes, command(root, runs[split], processes, args.steps, *more), output)
+                if status:
+                    print(f"{name}: status {status}\n{tail(output)}")
+                    return passed | {name: False}
+                rows = read_jsonl(runs[split] / "log.jsonl")
+                logs[split] = np.array([[row["loss"], row["grad_norm"]] for row in rows]).T
+                if split == "one":
+                    continue
+                apart, norms = np.abs(logs[split] - logs["one"])
+                loss, norm = apart.max(), (norms / logs["one"][1]).max()
+                if processes == 1:
+                    rounding = loss, norm
+                parts = [part.max() for part in np.array_split(apart, 5)]
+                print(f"{rates:<9}{seed:>4}  {split:<18}{''.join(f'{most:>9.1e}' for most in (*parts, loss))}"
+                      f"{norm:>9.1e}{loss / rounding[0]:>9.3g}{norm / rounding[1]:>9.3g}", flush=True)  # fmt: skip
+                if processes == 1:
+                    continue
+                if rates == "high":
+                    passed[name] = bool(loss <= ROUNDING_BAR * rounding[0] and norm <= ROUNDING_BAR * rounding[1])
+                else:
+                    passed[name] = bool(loss <= LOSS_BAR and norm <= NORM_BAR)
+                    passed[f"{name}, validation"] = same_validations(runs["one"], runs[split])
+    for name in ("mean", "std"):
+        most, number = difference(*(next((root / f"cache-of-{p}").rglob(f"{name}.npy")) for p in (1, 2)), np.load)
         print(f"posteriors' {name}: {most:.1e}, {number} numbers differ")
-    print(f"sample sheet of the last step: {grey:.0f} grey levels, {num_differing} pixels differ", flush=True)
-    return bool(
-        apart.max() <= LOSS_BAR
-        and all(scores[name].max() <= bar for name, bar in SCORE_BARS.items())
-        and max(most for most, _ in posteriors.values()) <= POSTERIOR_BAR
-        and grey <= GREY_BAR
-    )
+        passed[f"posteriors' {name}"] = most <= POSTERIOR_BAR
+    return passed
+
+
+def same_validations(run_dir: Path, other: Path) -> bool:
+    """Print how far apart two runs' validations and their last sample sheets are; return whether that is little."""
+    pairs = list(zip(*(read_jsonl(folder / "validation.jsonl") for folder in (run_dir, other)), strict=True))
+    apart = {name: max(abs(one[name] - two[name]) for one, two in pairs) for name in SCORE_BARS}
+    sheets = (max((folder / "samples").iterdir()) for folder in (run_dir, other))
+    grey, num_differing = difference(*sheets, lambda path: np.asarray(Image.open(path)))
+    print(f"{'':15}validation: {', '.join(f'{name} {value:.1e}' for name, value in apart.items())}; "
+          f"sample sheet: {grey:.0f} grey levels, {num_differing} pixels differ", flush=True)  # fmt: skip
+    return grey <= GREY_BAR and all(apart[name] <= bar for name, bar in SCORE_BARS.items())
 
 
 def difference(path: Path, other: Path, load: Callable[[Path], np.ndarray]) -> tuple[float, int]:
