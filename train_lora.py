@@ -659,7 +659,8 @@ def main(args: argparse.Namespace) -> None:
     say(remark)
 
     # The frozen base
-    base = load_base(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    where = (args.revision, args.variant, args.cache_dir)
+    base = load_base(args.pretrained_model_name_or_path, *where)
     base_hash = hash_weights(base.unet) + hash_weights(base.text_encoder) + hash_weights(base.vae)
     if state is not None and state["base_hash"] != base_hash:
         raise Refused(f"{base.name} has other weights than when this run began; choose another --output_dir")
@@ -789,9 +790,11 @@ def main(args: argparse.Namespace) -> None:
             if (
                 is_best and is_first and accelerator.is_main_process
             ):  # a fault in how files are written shows in the first
-                where = (args.revision, args.variant, args.cache_dir)
-                off, effect = verify_adapter(run_dir / WEIGHTS_NAME, base.name, live_unet, live_text_encoder, *where)
-                tqdm.write(f"loaded into a fresh pipeline the adapter is off by {off:.0e}, its effect is {effect:.0e}")
+                if args.export == "kohya":
+                    save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
+                for name in (WEIGHTS_NAME, *((KOHYA_NAME,) if args.export == "kohya" else ())):
+                    off, effect = verify_adapter(run_dir / name, base.name, live_unet, live_text_encoder, *where)
+                    tqdm.write(f"{name} in a fresh pipeline is off by {off:.0e}, where its effect is {effect:.0e}")
         if accelerator.is_main_process:
             first = row if step == 0 else read_jsonl(validation_log)[0]
             floor, ceiling = (first["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))

@@ -17,6 +17,7 @@ import train_lora
 from tests.conftest import build_base
 from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
+from utils.export import save_kohya
 from utils.files import write_jsonl
 from utils.lora import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, adapter_state
 from utils.refusal import Refused
@@ -442,12 +443,17 @@ def test_an_adapter_that_its_file_does_not_give_back_is_an_error(
     train(tiny_base, tiny_data, tmp_path / "sound", *more)
     assert load_file(tmp_path / "sound" / KOHYA_NAME)
 
-    def without_alpha(*models):
-        return {name: t / 2 if "lora_B" in name else t for name, t in adapter_state(*models).items()}
+    def without_alpha(state):
+        return {name: t / 2 if "lora_B" in name else t for name, t in state.items()}
 
-    monkeypatch.setattr(train_lora, "adapter_state", without_alpha)
-    with pytest.raises(RuntimeError, match="does not give the trained model back"):
-        train(tiny_base, tiny_data, tmp_path / "wrong", *more)
+    wrong = {
+        "adapter_state": lambda *models: without_alpha(adapter_state(*models)),
+        "save_kohya": lambda path, state, header: save_kohya(path, without_alpha(state), header),
+    }
+    for name, function in wrong.items():
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="does not give the trained model back"):
+            patch.setattr(train_lora, name, function)
+            train(tiny_base, tiny_data, tmp_path / name, *more)
 
 
 def test_what_out_of_memory_advises_does_not_refuse_the_resume(
