@@ -59,7 +59,7 @@ RATES = {
 # Processes and micro-steps of 8 films a step. A split of one process differs from the first by the order of summation
 # alone: what rounding comes to for the split of two below it, which has its micro-batches
 SPLITS = {
-    "one": (1, 1), "one, 2 parts": (1, 2), "two": (2, 1), "one, 4 parts": (1, 4), "two, 2 parts": (2, 2),
+    "one": (1, 1), "one, 2 parts": (1, 2), "two": (2, 1), "one, 8 parts": (1, 8), "two, 4 parts": (2, 4),
 }  # fmt: skip
 LOSS_BAR = 1e-5  # at the default rates
 NORM_BAR = 1e-5  # of the gradient before it is clipped, relative; AdamW hides a factor on it from the losses
