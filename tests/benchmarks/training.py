@@ -513,7 +513,8 @@ def compare_with_script(data_dir: Path, cache_dir: Path, run_dir: Path, snr_gamm
         "--validation_steps", FIRST_STEPS, "--max_validation_samples", 2,
         "--num_validation_images", 0, "--report_to", "none",
     )  # fmt: skip
-    contender = start("the script's", ours, (demo_stream, data_dir, cache_dir, True), tuple(SAVINGS), "no", snr_gamma)
+    stream = (demo_stream, data_dir, cache_dir, True)
+    contender = start("the script's", ours, BASE, stream, tuple(SAVINGS), BATCH, "no", snr_gamma)
     take(contender, FIRST_STEPS)
     finish(contender)
     return distance(contender.losses, [row["loss"] for row in read_jsonl(run_dir / "log.jsonl")])
