@@ -61,13 +61,13 @@ from utils.export import save_kohya, verify_adapter
 from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_bytes, write_json
 from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import (
+    capture_graph,
     choose_adamw,
     choose_mixed_precision,
     compile_blocks,
     compile_problem,
     explain_out_of_memory,
     largest_batch_size,
-    record,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
@@ -141,7 +141,8 @@ FREE_SETTINGS = {
     "train_data_dir", "dataset_name", "output_dir", "logging_dir", "report_to", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "resume_from_checkpoint", "overwrite", "push_to_hub",
     "hub_token", "hub_model_id", "local_rank", "train_batch_size", "gradient_accumulation_steps", "auto_batch_size",
-    "gradient_checkpointing", "cuda_graph", "validation_batch_size", "num_validation_images", "validation_prompt", "export",
+    "gradient_checkpointing", "cuda_graph", "validation_batch_size", "num_validation_images", "validation_prompt",
+    "export",
 }  # fmt: skip
 
 
@@ -244,7 +245,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="TensorFloat-32 matrix products on Ampere and later [with bf16 and fp16]",
     )
     add("--compile", action="store_true", help="compile the UNet's blocks: a minute or two first, then faster steps")
-    add("--cuda_graph", action="store_true", help="launch a step at once: faster where batches are small for the GPU")
+    add(
+        "--cuda_graph", action="store_true", help="replay forward and backward as one launch: faster for small batches"
+    )
     add(
         "--auto_batch_size", action="store_true", help="split --train_batch_size into micro-steps that fit into memory"
     )
@@ -333,7 +336,7 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("gradient_checkpointing", "lora_dropout"):
         if args.cuda_graph and getattr(args, flag):
             raise Refused(
-                f"--cuda_graph with --{flag}, whose random numbers a graph would repeat; leave out one of the two"
+                f"--cuda_graph with --{flag}, which touches the random state as no graph may; leave out one of the two"
             )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
@@ -416,7 +419,11 @@ def put_on_adapters(
 
 
 def choose_kernels(
-    args: argparse.Namespace, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, device: torch.device
+    args: argparse.Namespace,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    device: torch.device,
+    num_processes: int,
 ) -> None:
     """Switch on what the command line asks for and this machine can do; what it cannot is warned of, by name."""
     if args.gradient_checkpointing:
@@ -432,6 +439,9 @@ def choose_kernels(
             warnings.warn(f"torch.compile does not run here ({problem}): training goes on without", stacklevel=1)
         else:
             compile_blocks(unet)
+    if args.cuda_graph and (device.type != "cuda" or num_processes > 1):
+        warnings.warn("--cuda_graph needs one process on a CUDA device: training goes on without", stacklevel=1)
+        args.cuda_graph = False
 
 
 def fit_decoder(
@@ -487,7 +497,8 @@ def fitting_batch_size(
 
     for model in (live.unet, live.text_encoder):
         model.train()
-    fits = torch.tensor([largest_batch_size(attempt, films, most)], device=accelerator.device)
+    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for sizes that are only tried
+        fits = torch.tensor([largest_batch_size(attempt, films, most)], device=accelerator.device)
     return int(accelerator.gather(fits).min())
 
 
@@ -671,7 +682,7 @@ def main(args: argparse.Namespace) -> None:
         raise Refused(f"--resolution {args.resolution}; this base needs a multiple of {base.pixel_multiple}")
     vae = base.vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if args.resolution >= 512:
-        vae.enable_slicing()  # a film at a time: sixteen need 13 GiB, and are no quicker
+        vae.enable_slicing()  # a film at a time takes a fraction of the memory
     scaling_factor = vae.config.scaling_factor
     loss_weights = min_snr_weights(
         noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
@@ -686,10 +697,7 @@ def main(args: argparse.Namespace) -> None:
     unet_parameters, text_encoder_parameters = put_on_adapters(args, unet, text_encoder)
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
-    choose_kernels(args, unet, text_encoder, device)
-    if args.cuda_graph and (device.type != "cuda" or accelerator.num_processes > 1):
-        warnings.warn("--cuda_graph needs one process on a CUDA device: steps are launched as ever", stacklevel=1)
-        args.cuda_graph = False
+    choose_kernels(args, unet, text_encoder, device, accelerator.num_processes)
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
     rate_factor = films_a_step if args.scale_lr else 1
@@ -786,13 +794,13 @@ def main(args: argparse.Namespace) -> None:
             if is_best and accelerator.is_main_process:
                 header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": args.resolution}
                 header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
-                save_adapter(run_dir / WEIGHTS_NAME, adapter_state(live_unet, live_text_encoder), header)
-            if (
-                is_best and is_first and accelerator.is_main_process
-            ):  # a fault in how files are written shows in the first
+                names, adapter = [WEIGHTS_NAME], adapter_state(live_unet, live_text_encoder)
+                save_adapter(run_dir / WEIGHTS_NAME, adapter, header)
+                (run_dir / KOHYA_NAME).unlink(missing_ok=True)  # an earlier best's
                 if args.export == "kohya":
-                    save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
-                for name in (WEIGHTS_NAME, *((KOHYA_NAME,) if args.export == "kohya" else ())):
+                    names.append(KOHYA_NAME)
+                    save_kohya(run_dir / KOHYA_NAME, adapter, header)
+                for name in names if is_first else ():  # a fault in how files are written shows in the first
                     off, effect = verify_adapter(run_dir / name, base.name, live_unet, live_text_encoder, *where)
                     tqdm.write(f"{name} in a fresh pipeline is off by {off:.0e}, where its effect is {effect:.0e}")
         if accelerator.is_main_process:
@@ -834,10 +842,13 @@ def main(args: argparse.Namespace) -> None:
                 amend_checkpoint(run_dir, step, state)
         accelerator.wait_for_everyone()
 
-    def learn(
+    def forward_backward(
         noisy_latents: Tensor, timesteps: Tensor, input_ids: Tensor, target: Tensor, place_weights: Tensor
     ) -> Tensor:
-        """Predict the noise, or the velocity, from caption and noisy latents, add the error's gradients, return its mean."""
+        """Predict noise or velocity, add the gradients of a micro-step and return its loss.
+
+        Args: float32 [B, C, h, w], int64 [B], int64 [B, L], float32 [B, C, h, w], float32 [B, h, w].
+        """
         with torch.set_grad_enabled(text_encoder.training):
             encoder_hidden_states = text_encoder(input_ids)[0]  # [B, L, D]
         model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
@@ -871,7 +882,7 @@ def main(args: argparse.Namespace) -> None:
     batches = iter(DataLoader(stream, batch_sampler=micro_batches, pin_memory=device.type == "cuda"))
     if device.type == "cuda":
         batches = prefetch(batches)
-    pending, recorded, started = [], None, time.monotonic()
+    pending, replay, started = [], None, time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
         disable=not accelerator.is_local_main_process,
@@ -880,7 +891,7 @@ def main(args: argparse.Namespace) -> None:
         step_loss = torch.zeros((), device=device)
         if step > text_encoder_steps and text_encoder.training:
             text_encoder.eval()
-            recorded = None
+            replay = None
             optimizer.zero_grad()  # gradients of zero would let its weights decay
         for _ in range(accumulation):
             batch = next(batches)
@@ -923,13 +934,13 @@ def main(args: argparse.Namespace) -> None:
                     target = noise_scheduler.get_velocity(latents, noise, timesteps)
                 place_weights = torch.where(dropped[:, None, None], 1.0, batch["place_weights"])  # [B, h, w]
                 inputs = noisy_latents, timesteps, input_ids, target, place_weights
-                if args.cuda_graph and recorded is None:
+                if args.cuda_graph and replay is None:
                     learning = lora_parameters if text_encoder.training else unet_parameters
-                    recorded = record(learn, inputs, learning)
-                step_loss += (recorded or learn)(*inputs) / accumulation
+                    replay = capture_graph(forward_backward, inputs, learning)
+                step_loss += (replay or forward_backward)(*inputs) / accumulation
         grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=recorded is None)
+        optimizer.zero_grad(set_to_none=replay is None)
         if ema is not None:
             ema.step(lora_parameters)
         rate = lr_scheduler.get_last_lr()[0]
@@ -953,6 +964,8 @@ def main(args: argparse.Namespace) -> None:
         if leaving:
             raise KeyboardInterrupt(leaving)
         if validation_due:
+            replay = None  # its memory is validation's; it is captured again
+            optimizer.zero_grad()
             with leave.at_once():
                 stopped = validate(step)
             save(step, validated=True, with_tensors=False)

@@ -48,7 +48,7 @@ def test_a_recorded_step_adds_gradients_up_and_stops_the_text_encoder(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, precision: str
 ) -> None:
     more = ("--max_train_steps", "8", "--gradient_accumulation_steps", "2", "--train_text_encoder_frac", "0.5",
-            "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4")  # fmt: skip
+            "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4", "--validation_steps", "3")  # fmt: skip
     ends = []
     for name, flag in (("launched", ()), ("recorded", ("--cuda_graph",))):
         train(tiny_base, tiny_data, tmp_path / name, *more, *flag, precision=precision)
@@ -88,8 +88,11 @@ def test_a_step_never_waits_for_the_device(
     assert len(losses(tmp_path / "run")) == steps
 
 
-def test_killed_and_resumed_it_ends_in_the_same_numbers(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    more = ["--max_train_steps", "60", "--checkpointing_steps", "7", "--validation_steps", "20"]
+@pytest.mark.parametrize("flag", [(), ("--cuda_graph",)])
+def test_killed_and_resumed_it_ends_in_the_same_numbers(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, flag: tuple[str, ...]
+) -> None:
+    more = ["--max_train_steps", "60", "--checkpointing_steps", "7", "--validation_steps", "20", *flag]
     output = tmp_path / "output.txt"
     assert start(1, flags(tiny_base, tiny_data, tmp_path / "whole", *more), output, cpu=False).wait(300) == 0
     process = start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False)

@@ -1,6 +1,7 @@
 """The training loop on a tiny model: what moves, what is kept, and that a broken run ends as an unbroken one."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_lora
-from tests.conftest import build_base
+from tests.conftest import ROOT, build_base
 from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.export import save_kohya
@@ -148,11 +149,12 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         assert {torch.uint8, torch.float32} == set(moments)
 
 
+@pytest.mark.parametrize("more", [("--train_text_encoder_frac", "0.5"), ("--gradient_checkpointing",)])
 def test_compiled_blocks_learn_what_plain_ones_do(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     """Traced whole, with the compiler's slow last stage left out; a second time where the text encoder stops."""
-    more = ("--max_train_steps", "4", "--validation_steps", "2", "--train_text_encoder_frac", "0.5")
+    more = ("--max_train_steps", "4", "--validation_steps", "2", *more)
     compiled, compile_module = [], torch.nn.Module.compile
 
     def trace(module: torch.nn.Module, **options) -> None:
@@ -166,6 +168,13 @@ def test_compiled_blocks_learn_what_plain_ones_do(
     assert {kind.__name__ for kind in compiled} == {"ResnetBlock2D", "Transformer2DModel"}
     plain, traced = ([row["loss"] for row in read(tmp_path / run / "log.jsonl")] for run in ("plain", "compiled"))
     assert traced == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("card", ["a100", "l4"])
+def test_what_launch_names_is_a_command(card: str) -> None:
+    command = re.search(r"train_lora\.py (.*)", (ROOT / "launch" / f"{card}.yaml").read_text()).group(1)
+    args = train_lora.parse_args(command.split())
+    assert args.train_batch_size * args.gradient_accumulation_steps == 16  # the films of a step by default
 
 
 def test_a_graph_is_left_out_on_a_cpu_and_said(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:

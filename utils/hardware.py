@@ -1,6 +1,5 @@
 """What this machine computes well in, and how much of it fits: precision, threads, kernels, memory."""
 
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -108,52 +107,52 @@ def compile_problem(device: torch.device) -> str | None:
 def compile_blocks(unet: UNet2DConditionModel) -> None:
     """Have a UNet's transformers and residual blocks compiled when they are first called, each shape by itself.
 
-    Those are all but a few of its layers. Compiled one by one they take a minute or two, as a whole several times that.
+    They are all but a few of its layers. Many are alike, so that they compile sooner one by one than as one whole.
     """
-    torch._dynamo.config.recompile_limit = 128  # a graph for every width and side, and again without a text encoder's
+    torch._dynamo.config.recompile_limit = 128  # a graph for every width and side, once more where gradients differ
     for block in unet.modules():
         if isinstance(block, Transformer2DModel | ResnetBlock2D):
             block.compile(fullgraph=True, dynamic=False)
 
 
-def record(
-    step: Callable[..., Tensor], inputs: Sequence[Tensor], gradients_of: Sequence[Tensor]
+def capture_graph(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """Record all that a step does on a CUDA device, and return a function that has the device do it again, at once.
+    """Record a forward and backward pass as a CUDA graph, and return a function that replays it in a single launch.
 
-    A step of Stable Diffusion launches some six thousand kernels; where the host takes longer to launch them than the
-    device to run them, small batches take as long as large ones. A CUDA graph is launched as a whole (Gray 2019,
-    "Getting Started with CUDA Graphs", NVIDIA). It computes with the same kernels on the same storage: parameters have
-    to be changed in place from here on, and gradients, which it adds to, zeroed in place.
+    A pass of Stable Diffusion launches some six thousand kernels. Where the host takes longer to launch them than the
+    device to run them, small batches take as long as large ones. A graph runs the same kernels on the same storage
+    (docs.pytorch.org, "CUDA semantics: CUDA Graphs"): parameters have to be changed in place, and gradients, to which
+    it adds, zeroed in place. Activations stay reserved for as long as the returned function is kept.
 
     Args:
-        step: takes tensors and returns one, calls `backward` itself, draws nothing at random and waits for nothing.
+        function: takes tensors, calls `backward` itself and returns the loss, a scalar. It must neither wait for the
+            device nor touch the random state.
         inputs: tensors of the shapes and types that it will always be given.
-        gradients_of: the parameters that it computes gradients of; they are zero afterwards.
+        parameters: those that learn. Gradients are zero afterwards, also of one that the loss does not depend on.
 
     Returns:
-        What stands in for `step`. The tensor it returns is overwritten by the next call.
+        What stands in for `function`. The tensor it returns is overwritten by the next call.
     """
     buffers = [tensor.clone() for tensor in inputs]
-    for parameter in gradients_of:
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # libraries choose kernels and compilers compile in the first calls
-            step(*buffers)
+            function(*buffers)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning a batch
-        result = step(*buffers)
-    torch._foreach_zero_([parameter.grad for parameter in gradients_of])
+        loss = function(*buffers)
+    torch._foreach_zero_([parameter.grad for parameter in parameters])
 
-    @functools.wraps(step)
-    def replay(*inputs: Tensor) -> Tensor:
-        for buffer, tensor in zip(buffers, inputs, strict=True):
+    def replay(*tensors: Tensor) -> Tensor:
+        for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)
         graph.replay()
-        return result
+        return loss
 
     return replay
 

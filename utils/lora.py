@@ -55,7 +55,7 @@ class FusedLinear(Linear):
         if not plain:
             return super().forward(x, *args, **kwargs)
 
-        rows = x.to(dtype).flatten(0, -2)  # autocast would cast for W and for A, and does not for in-place products
+        rows = x.to(dtype).flatten(0, -2)  # cast once for W and A; for products in place autocast casts nothing
         output = self.base_layer(rows)
         output.addmm_(self.lora_A[name](rows), self.lora_B[name].weight.to(dtype).t(), alpha=self.scaling[name])
         return output.unflatten(0, x.shape[:-1])
