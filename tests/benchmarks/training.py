@@ -55,7 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
-from utils.hardware import compile_blocks, has_native_bf16, record, use_all_cores
+from utils.hardware import capture_graph, compile_blocks, has_native_bf16, use_all_cores
 from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
 from utils.metadata import read_metadata
@@ -270,6 +270,7 @@ def peer(
         [{"params": parameters[0], "lr": LEARNING_RATE}, {"params": parameters[1], "lr": TEXT_ENCODER_LR}]
     )
     films = ImageFolder(data_dir, base, read_film)
+    # Batches of one size, as the loss is gathered as so many copies
     dataloader = DataLoader(films, shuffle=True, batch_size=batch_size, collate_fn=collate, drop_last=True)
     lr_scheduler = get_scheduler("constant", optimizer)
     unet, text_encoder, optimizer, dataloader, lr_scheduler = accelerator.prepare(
@@ -313,6 +314,13 @@ def peer(
     return lambda num_steps: [step(next(batches)) for _ in range(num_steps)]
 
 
+def use_pefts_layers(*models: torch.nn.Module) -> None:
+    """Have adapted layers compute as peft does, in products that `FlopCounterMode` counts, too."""
+    for module in (module for model in models for module in model.modules()):
+        if type(module) is FusedLinear:
+            module.__class__ = Linear
+
+
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([example[name] for example in examples]) for name in ("pixel_values", "input_ids")}
 
@@ -343,7 +351,7 @@ def ours(
     Args:
         make_base: returns models of its own.
         make_stream: a function and the arguments that follow the base; it returns what `demo_stream` does.
-        savings: keys of SAVINGS, COMPILED and GRAPH. Where one is missing, the step does what the peer does in that place.
+        savings: keys of SAVINGS, COMPILED, GRAPH. Where one is missing, the step does what the peer does in that place.
         batch_size: films a step.
         precision: "no" or "bf16".
         snr_gamma: 0 weighs all timesteps alike.
@@ -366,9 +374,7 @@ def ours(
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
     if "lora" not in savings:
-        for module in (*unet.modules(), *text_encoder.modules()):
-            if type(module) is FusedLinear:
-                module.__class__ = Linear
+        use_pefts_layers(unet, text_encoder)
     if COMPILED in savings:
         compile_blocks(unet)
     groups = [
@@ -389,9 +395,9 @@ def ours(
     unet.train()
     text_encoder.train()
 
-    recorded = []
+    replay = []  # none or one
 
-    def learn(
+    def forward_backward(
         noisy_latents: Tensor, timesteps: Tensor, input_ids: Tensor, target: Tensor, place_weights: Tensor
     ) -> Tensor:
         encoder_hidden_states = text_encoder(input_ids)[0]
@@ -437,15 +443,15 @@ def ours(
             place_weights = batch["place_weights"].to(device, non_blocking=True)
             place_weights = torch.where(dropped[:, None, None], 1.0, place_weights)
             inputs = noisy_latents, timesteps, input_ids, target, place_weights
-            if GRAPH in savings and not recorded:
-                recorded.append(record(learn, inputs, lora_parameters))
-            loss = (recorded[0] if recorded else learn)(*inputs)
+            if GRAPH in savings and not replay:
+                replay.append(capture_graph(forward_backward, inputs, lora_parameters))
+            loss = (replay[0] if replay else forward_backward)(*inputs)
             logged = loss.clone()
             if "loss" not in savings:
                 logged = accelerator.gather(loss.repeat(batch_size)).mean().item()
             accelerator.clip_grad_norm_(lora_parameters, MAX_GRAD_NORM)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not recorded)
+            optimizer.zero_grad(set_to_none=not replay)
             if "loss" not in savings:
                 loss.item()
         lr_scheduler.step()
@@ -651,6 +657,7 @@ def count_flops() -> Callable[[int], list[float]]:
     base = load_base(BUNDLED_BASE)
     add_lora(base.unet, RANK, RANK, SEED)
     add_lora(base.text_encoder, RANK, RANK, SEED)
+    use_pefts_layers(base.unet, base.text_encoder)
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
     pixel_values = torch.zeros(BATCH, 3, base.resolution, base.resolution)
     input_ids = tokens_of(base.tokenizer, [""] * BATCH)
