@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up, lint and test on a fresh machine: bash launch/test.sh
 # Arguments go to pytest: bash launch/test.sh -k resumed. PYTHON names the interpreter that .venv is made with.
+# A worker a core, at most four, each with one thread: threads of several workers would wait for one another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,4 +10,4 @@ cd "$(dirname "$0")/.."
     -r requirements.txt -r requirements-dev.txt -c constraints.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
