@@ -113,7 +113,9 @@ def test_file_arrives_whole_through_faults(script, server, tmp_path):
     ("said", "least", "most"),
     [
         ("7", 7, 7),
-        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True), 3000, 3600),
+        pytest.param(
+            format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True), 3000, 3600, id="hour"
+        ),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
         ("Wed, 21 Oct 2015 07:28:00", 0, 0),
         ("soon", 0, 0),
