@@ -44,18 +44,18 @@ def test_what_only_saves_does_not_change_what_is_learnt(
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_a_recorded_step_adds_gradients_up_and_stops_the_text_encoder(
+def test_a_replayed_step_adds_gradients_up_and_stops_the_text_encoder(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, precision: str
 ) -> None:
     more = ("--max_train_steps", "8", "--gradient_accumulation_steps", "2", "--train_text_encoder_frac", "0.5",
             "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4", "--validation_steps", "3")  # fmt: skip
     ends = []
-    for name, flag in (("launched", ()), ("recorded", ("--cuda_graph",))):
+    for name, flag in (("launched", ()), ("replayed", ("--cuda_graph",))):
         train(tiny_base, tiny_data, tmp_path / name, *more, *flag, precision=precision)
         ends.append([load_checkpoint(tmp_path / name / f"checkpoint-{step}")[1]["adapters"] for step in (4, 8)])
-    assert losses(tmp_path / "recorded") == pytest.approx(losses(tmp_path / "launched"), rel=1e-3)
-    launched, recorded = (steps[1] for steps in ends)
-    torch.testing.assert_close(recorded, launched, rtol=1e-2, atol=1e-3)
+    assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "launched"), rel=1e-3)
+    launched, replayed = (steps[1] for steps in ends)
+    torch.testing.assert_close(replayed, launched, rtol=1e-2, atol=1e-3)
     for steps in ends:
         still = [name for name in steps[0] if torch.equal(steps[0][name], steps[1][name])]
         assert still == [name for name in steps[0] if name.startswith("text_encoder.")]

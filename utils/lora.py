@@ -36,6 +36,8 @@ class FusedLinear(Linear):
 
     peft passes over the output once each to multiply by B, by s, and to add, and where autocast computes in bf16 it
     first casts x to the adapters' fp32. What is not one plain adapter is left to peft.
+
+    Takes x [..., in_features] and returns [..., out_features], in autocast's type where there is one, else in x's.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
