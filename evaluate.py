@@ -51,8 +51,9 @@ from utils.findings import (
     single_findings,
 )
 from utils.folds import draw_rows, split_fold, with_folds
-from utils.hardware import choose_mixed_precision, use_all_cores
+from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
 from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
+from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, mse, psnr, ssim
@@ -181,16 +182,21 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
     if device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
         base.vae.enable_slicing()  # film by film: what the decoder computes then stays in the processor's cache
     base = with_schedule(base, settings["prediction_type"], settings.get("rescale_betas_zero_snr", False))
     pipeline = assemble(base)
     put_on_adapter(pipeline, adapter)
     cast_frozen(base.unet, accelerator.mixed_precision)
+    for model in (base.unet, base.text_encoder, base.vae):
+        model.requires_grad_(False).eval()
+    if device.type == "cpu":
+        use_frozen_products(base.unet, base.text_encoder, base.vae)
     unet, text_encoder = (
         accelerator.prepare_model(model, evaluation_mode=True)
         for model in (base.unet.to(memory_format=torch.channels_last), base.text_encoder)
     )
-    vae, noise_scheduler = base.vae.to(device, memory_format=torch.channels_last).eval(), base.noise_scheduler
+    vae, noise_scheduler = base.vae.to(device, memory_format=torch.channels_last), base.noise_scheduler
     resolution, interpolation = config["resolution"], settings["image_interpolation_mode"]
     # The cache of all films, which training has filled; without it the held-out films alone
     caching = dict(vae=vae, cache_dir=Path(cache_dir or "cache"), resolution=resolution, interpolation=interpolation)

@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
-from utils.hardware import choose_mixed_precision, use_all_cores
+from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
+from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.pipeline import (
     SCHEDULERS,
@@ -158,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     if accelerator.device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
         revision, variant = args.revision or trained["revision"], args.variant or trained["variant"]
@@ -175,9 +177,13 @@ def main(args: argparse.Namespace) -> None:
     if decoder_file is not None:
         put_on_decoder(base.vae, read_decoder(decoder_file)[0])
     cast_frozen(base.unet, accelerator.mixed_precision)
-    base.vae.to(accelerator.device)
-    for model in (base.unet, base.text_encoder):
-        accelerator.prepare_model(model.eval(), evaluation_mode=True)
+    for model in (base.unet, base.text_encoder, base.vae):
+        model.requires_grad_(False).eval()
+    if accelerator.device.type == "cpu":
+        use_frozen_products(base.unet, base.text_encoder, base.vae)
+    base.vae.to(accelerator.device, memory_format=torch.channels_last)
+    for model in (base.unet.to(memory_format=torch.channels_last), base.text_encoder):
+        accelerator.prepare_model(model, evaluation_mode=True)
     print(
         f"base {base_name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}"
     )

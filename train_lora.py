@@ -67,6 +67,7 @@ from utils.hardware import (
     compile_blocks,
     compile_problem,
     explain_out_of_memory,
+    keep_freed_memory,
     largest_batch_size,
     use_all_cores,
     warn_about_xformers,
@@ -84,6 +85,7 @@ from utils.latents import (
     mean_film,
     prefetch,
 )
+from utils.linear import use_frozen_products
 from utils.lora import (
     DECODER_NAME,
     KOHYA_NAME,
@@ -426,6 +428,8 @@ def choose_kernels(
     num_processes: int,
 ) -> None:
     """Switch on what the command line asks for and this machine can do; what it cannot is warned of, by name."""
+    if device.type == "cpu":
+        use_frozen_products(unet, text_encoder)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -632,6 +636,7 @@ def main(args: argparse.Namespace) -> None:
     device, say = accelerator.device, accelerator.print
     if device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32

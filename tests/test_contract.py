@@ -21,7 +21,7 @@ LAYERS = {
         "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet", "transfer",
         "refusal", "report", "reports", "runlog", "seeding",
     },
-    1: {"boxes", "diffusion", "distances", "images", "interrupt", "metrics"},
+    1: {"boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics"},
     2: {"checkpoint", "decoder", "export", "features", "findings", "hardware", "latents", "lora", "pipeline", "tokens", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}

@@ -1,5 +1,6 @@
 """Precision and kernels: the flag wins, accelerate is heard, fallbacks are named."""
 
+import platform
 import subprocess
 import sys
 import warnings
@@ -68,6 +69,27 @@ def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
         warnings.simplefilter("always")
         hardware.warn_about_xformers(problem)
     assert "scaled_dot_product_attention" in str(caught[0].message)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_comes_back_without_the_system() -> None:
+    code = (
+        "import resource, torch\n"
+        "from utils.hardware import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20):\n"
+        "        tensors = [torch.ones(2**20 + i) for i in range(20)]\n"
+        "        del tensors\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "unlike = faults()\n"
+        "keep_freed_memory()\n"
+        "faults()\n"
+        "print(unlike, faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
 
 
 def test_optional_accelerators_are_not_needed_to_start() -> None:

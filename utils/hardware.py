@@ -1,6 +1,8 @@
 """What this machine computes well in, and how much of it fits: precision, threads, kernels, memory."""
 
+import ctypes
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +52,19 @@ def use_all_cores() -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cores = min(cores, int(os.environ.get("OMP_THREAD_LIMIT", cores)))  # more give NaN in bf16, not an error
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed, up to a gigabyte, for the next tensor that needs some.
+
+    What one step frees the next asks for again. Handed back to the system meanwhile, each page comes back as a fault
+    and is zeroed first, a tenth of the time of small steps on a CPU. CUDA's memory PyTorch keeps by itself.
+    """
+    if platform.libc_ver()[0] == "glibc":  # others have no such settings
+        trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
+        libc.mallopt(trim_threshold, 2**30)
 
 
 def xformers_problem() -> str | None:

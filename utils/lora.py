@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from utils.files import canonical_json, write_bytes
+from utils.linear import FrozenLinear, LowRankProduct
 from utils.refusal import Refused
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -32,7 +33,7 @@ TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class FusedLinear(Linear):
-    """peft's linear layer with adapters, W x + s B (A x), with the update added to W x by the product with B itself.
+    """peft's linear layer with adapters, W x + s B (A x), computed as one product, `linear.LowRankProduct`.
 
     peft passes over the output once each to multiply by B, by s, and to add, and where autocast computes in bf16 it
     first casts x to the adapters' fp32. What is not one plain adapter is left to peft.
@@ -46,7 +47,8 @@ class FusedLinear(Linear):
             not (args or kwargs or self.disable_adapters or self.merged)
             and (name in self.lora_A and name not in self.lora_variant and self.lora_B[name].bias is None)
             and (isinstance(self.lora_dropout[name], nn.Identity) or not self.lora_dropout[name].training)
-            and (type(self.base_layer) is nn.Linear and x.dim() > 1 and not x.is_meta)
+            and (type(self.base_layer) in (nn.Linear, FrozenLinear) and x.dim() > 1 and not x.is_meta)
+            and not self.base_layer.weight.requires_grad
         )
         if plain and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -57,9 +59,11 @@ class FusedLinear(Linear):
         if not plain:
             return super().forward(x, *args, **kwargs)
 
-        rows = x.to(dtype).flatten(0, -2)  # cast once for W and A; for products in place autocast casts nothing
-        output = self.base_layer(rows)
-        output.addmm_(self.lora_A[name](rows), self.lora_B[name].weight.to(dtype).t(), alpha=self.scaling[name])
+        rows = x.to(dtype).flatten(0, -2)  # cast once for W and A
+        weight, bias = self.base_layer.weight.to(dtype), self.base_layer.bias
+        bias = None if bias is None else bias.to(dtype)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        output = LowRankProduct.apply(rows, weight, bias, a, b, self.scaling[name])
         return output.unflatten(0, x.shape[:-1])
 
 

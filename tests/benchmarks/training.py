@@ -52,11 +52,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils import linear
 from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
-from utils.hardware import capture_graph, compile_blocks, has_native_bf16, use_all_cores
+from utils.hardware import capture_graph, compile_blocks, has_native_bf16, keep_freed_memory, use_all_cores
 from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
+from utils.linear import use_frozen_products
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
 from utils.metadata import read_metadata
 from utils.pipeline import BUNDLED_BASE, ROOT, BaseModel, cast_frozen, load_base
@@ -71,7 +73,9 @@ SAVINGS = {
     "loss": "loss left on the device",
     "fused": "fused AdamW",
     "lora": "LoRA in two products",
-    "channels_last": "channels_last: train_lora.py",
+    "channels_last": "channels_last",
+    "products": "products by oneDNN",
+    "memory": "freed memory kept: train_lora.py",
 }  # what train_lora.py saves, in the order of the rows
 COMPILED, GRAPH = "compiled", "graph"  # and what it does with --compile and with --cuda_graph
 PEER = "diffusers' script"
@@ -359,6 +363,8 @@ def ours(
     """
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
+    if "memory" in savings:
+        keep_freed_memory()
     base = make_base()
     noise_scheduler, tokenizer, vae = base.noise_scheduler, base.tokenizer, base.vae.requires_grad_(False).to(device)
     scaling_factor, resolution = vae.config.scaling_factor, base.resolution
@@ -375,6 +381,9 @@ def ours(
     cast_frozen(unet, accelerator.mixed_precision)
     if "lora" not in savings:
         use_pefts_layers(unet, text_encoder)
+    if device.type == "cpu":
+        linear.HAS_ONEDNN = "products" in savings
+        use_frozen_products(unet, text_encoder)
     if COMPILED in savings:
         compile_blocks(unet)
     groups = [
