@@ -19,7 +19,6 @@ import utils.quiet  # noqa: F401
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,7 +29,7 @@ from utils.distances import auroc, frechet_distance, kernel_distance, memorisati
 from utils.features import LABELS, Extracted, extract, load_encoder
 from utils.files import read_jsonl, write_bytes, write_json
 from utils.hardware import use_all_cores
-from utils.images import to_films
+from utils.images import thumbnails, to_films
 from utils.latents import FilmDataset, load_films
 from utils.metadata import read_metadata
 from utils.metrics import bootstrap_interval, psnr, ssim
@@ -40,7 +39,6 @@ from utils.report import contact_sheet, save_png
 from utils.seeding import derive_seed
 
 GUIDANCE, STEPS, BATCH = 2.0, 25, 25
-PIXEL_SIDE = 32  # of the films that the audit compares as they are
 SHOWN_PROMPTS = (
     "Chest radiograph of a child. Normal.",
     "Chest radiograph of a child. Bacterial pneumonia.",
@@ -108,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
                     of(films[one_each(other, patients)]), of(films), patients, ~held_out, reference, args.seed
                 ),
             }
-            for space, of in (("features", lambda part: extract(encoder, part).features), ("pixels", small_pixels))
+            for space, of in (("features", lambda part: extract(encoder, part).features), ("pixels", thumbnails))
         },
         "round_trip": round_trip(args, base.vae),
     }
@@ -160,12 +158,6 @@ def label_areas(read: Extracted, labels: np.ndarray, groups: Sequence[str], seed
             (viral - bacterial)[torch.from_numpy(sick)], labels[sick] == 2, groups[sick], seed
         ),
     }
-
-
-def small_pixels(films: Tensor) -> Tensor:
-    """Return films, uint8 [N, H, W], as rows of grey levels of 32 x 32 means, each film of mean 0 and deviation 1."""
-    means = F.adaptive_avg_pool2d(films[:, None].float(), PIXEL_SIDE).flatten(1)
-    return (means - means.mean(dim=1, keepdim=True)) / means.std(dim=1, keepdim=True)
 
 
 def one_each(places: np.ndarray, patients: np.ndarray) -> np.ndarray:

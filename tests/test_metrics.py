@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import bootstrap_interval, mse, psnr, ssim
+from utils.metrics import bootstrap_interval, ms_ssim, mse, num_scales, psnr, ssim
 
 
 def films(seed: int, count: int = 2) -> torch.Tensor:
@@ -78,3 +78,37 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_one_patient_says_nothing() -> None:
     assert all(math.isnan(end) for end in bootstrap_interval([0.1, 0.2], ["a", "a"], seed=0))
+
+
+def reference_ms_ssim(film: np.ndarray, reference: np.ndarray, weights: list[float]) -> float:
+    """Wang et al. 2003, Eq. 7: contrast and structure at every scale, luminance at the coarsest alone, edges mirrored."""
+    axis = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = np.outer(axis, axis) / axis.sum() ** 2
+    x, y, (c1, c2), product = film / 255.0, reference / 255.0, (0.01**2, 0.03**2), 1.0
+    for scale, weight in enumerate(weights):
+        luminances, contrasts = [], []
+        last = scale == len(weights) - 1
+        padded = [np.pad(image, 5, mode="reflect") if last else image for image in (x, y)]
+        for top in range(padded[0].shape[0] - 10):
+            for left in range(padded[0].shape[1] - 10):
+                a, b = (image[top : top + 11, left : left + 11] for image in padded)
+                mean_a, mean_b = (window * a).sum(), (window * b).sum()
+                var_a, var_b = (window * a * a).sum() - mean_a**2, (window * b * b).sum() - mean_b**2
+                covariance = (window * a * b).sum() - mean_a * mean_b
+                contrasts.append((2 * covariance + c2) / (var_a + var_b + c2))
+                luminances.append((2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1))
+        value = np.mean(np.multiply(luminances, contrasts)) if last else np.mean(contrasts)
+        product *= max(value, 0.0) ** weight
+        x, y = (image.reshape(len(image) // 2, 2, len(image) // 2, 2).mean(axis=(1, 3)) for image in (x, y))
+    return float(product)
+
+
+def test_ms_ssim_is_wangs_definition_on_the_scales_that_fit() -> None:
+    ours, others = films(0), (films(0).int() // 2 + films(1).int() // 3).to(torch.uint8)
+    assert [num_scales(side) for side in (11, 20, 21, 48, 128, 160, 161, 512)] == [1, 1, 2, 3, 4, 4, 5, 5]
+    weights = [0.0448, 0.2856, 0.3001]
+    weights = [weight / sum(weights) for weight in weights]
+    expected = [reference_ms_ssim(a.numpy(), b.numpy(), weights) for a, b in zip(ours, others, strict=True)]
+    assert ms_ssim(ours, others).tolist() == pytest.approx(expected, abs=1e-4)
+    assert ms_ssim(ours, ours).tolist() == pytest.approx([1, 1])
+    assert ms_ssim(ours[:1], others[:1]).shape == (1,), "one film is a batch, too"

@@ -13,9 +13,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics.image.kid import poly_kernel
 
-from utils.metrics import bootstrap_interval
 from utils.refusal import Refused
 
+HALVINGS = 20  # neighbours kept, so that after any half of the films is left out one is nearly always among them
 CHUNK = 1024  # rows of a matrix of distances or kernels at a time
 
 
@@ -95,13 +95,53 @@ def nearest_neighbours(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
     return torch.cat([nearest.values for nearest in found]), torch.cat([nearest.indices for nearest in found])
 
 
+def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
+    """Return how much of one set lies within the other: precision, recall, density and coverage.
+
+    Balls about the films of a set reach to their k-th nearest neighbour in it. Precision and recall are the shares of
+    generated films within a ball about a real one, and the reverse (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+    Density is the number of real balls about a generated film over k, coverage the share of real balls that hold a
+    generated film (Naeem et al. 2020, arXiv:2002.09797). Between equal distributions density is near 1 and coverage
+    near 1 - 2^-k; the other two depend on the number of films.
+
+    Args:
+        real, generated: features, [N, D] and [M, D], more than k films each.
+        k: neighbours that span a ball.
+    """
+    real, generated = _as_features(real, generated)
+    if min(len(real), len(generated)) <= k:
+        raise Refused(
+            f"{len(real)} and {len(generated)} films for balls of {k} neighbours; expected more than {k} each"
+        )
+    of_real, of_generated = _radii(real, k), _radii(generated, k)
+    balls = torch.zeros(len(generated))  # about real films, that hold it
+    within, covered = [], []
+    for rows, radii in zip(real.split(CHUNK), of_real.split(CHUNK), strict=True):
+        distances = torch.cdist(rows, generated)  # [n, M]
+        inside = distances < radii[:, None]
+        balls += inside.sum(dim=0)
+        covered.append(inside.any(dim=1))
+        within.append((distances < of_generated).any(dim=1))
+    return {
+        "precision": (balls > 0).double().mean().item(),
+        "recall": torch.cat(within).double().mean().item(),
+        "density": balls.double().mean().item() / k,
+        "coverage": torch.cat(covered).double().mean().item(),
+    }
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Return the distance of each film to its k-th nearest neighbour but itself, [N]."""
+    return torch.cat([torch.cdist(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(CHUNK)])
+
+
 @dataclass(frozen=True)
 class Memorisation:
     """How often a generated film lies nearer to a training film than to one that the model never saw.
 
     Attributes:
         probability: share of generated films nearer to training, ties counted half. 0.5: no sign of memorisation.
-        interval: its 95 % bootstrap interval over generated films, the real ones held fixed.
+        interval: its 95 % interval over generated films and over real ones, within [0, 1].
         num_generated: films asked about.
         num_references: training films, and as many held-out films, that it was asked of.
         nearest: index of the nearest of ALL training films, int64 [num_generated].
@@ -149,18 +189,62 @@ def memorisation(
     ]
     size = min(map(len, firsts))
     kept = [torch.from_numpy(np.sort(chance.permutation(first)[:size])) for first in firsts]
-    to_train, _ = nearest_neighbours(generated, train[kept[0]])
-    to_held_out, _ = nearest_neighbours(generated, held_out[kept[1]])
-    nearer = ((to_train < to_held_out).double() + 0.5 * (to_train == to_held_out).double()).tolist()
+    to_train, to_held_out = (
+        _sorted_neighbours(generated, part[places]) for part, places in zip((train, held_out), kept, strict=True)
+    )
+    probability = float(_share_nearer(to_train[0][:, 0], to_held_out[0][:, 0]).mean())
+    error = _half_sample_error(to_train, to_held_out, size, chance)
     distances, nearest = nearest_neighbours(generated, train)
     return Memorisation(
-        probability=float(np.mean(nearer)),
-        interval=bootstrap_interval(nearer, [str(i) for i in range(len(nearer))], seed),
-        num_generated=len(nearer),
+        probability=probability,
+        interval=(max(0.0, probability - 1.96 * error), min(1.0, probability + 1.96 * error)),
+        num_generated=len(generated),
         num_references=size,
         nearest=nearest,
         distances=distances,
     )
+
+
+def _sorted_neighbours(query: Tensor, reference: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return distances and places of the nearest HALVINGS of `reference` to each row, nearest first, [N, HALVINGS]."""
+    query, reference = _as_features(query, reference)
+    exact = "donot_use_mm_for_euclid_dist"
+    found = [
+        torch.cdist(rows, reference, compute_mode=exact).topk(min(HALVINGS, len(reference)), dim=1, largest=False)
+        for rows in query.split(CHUNK)
+    ]
+    return torch.cat([near.values for near in found]).numpy(), torch.cat([near.indices for near in found]).numpy()
+
+
+def _share_nearer(to_train: np.ndarray, to_held_out: np.ndarray) -> np.ndarray:
+    """Return 1 where a film is nearer to training, 0 where it is not, and a half where it is as near to both."""
+    return (to_train < to_held_out) + 0.5 * (to_train == to_held_out)
+
+
+def _half_sample_error(
+    to_train: tuple[np.ndarray, np.ndarray],
+    to_held_out: tuple[np.ndarray, np.ndarray],
+    size: int,
+    chance: np.random.Generator,
+    num_resamples: int = 500,
+) -> float:
+    """Return the standard error of the share nearer to training: generated films drawn anew, and half of the real ones.
+
+    Which real films there are moves the share, too, and a bootstrap of them would give each film itself for a neighbour
+    twice. A half of them drawn without replacement spreads about the whole as the whole about the truth (the delete-half
+    jackknife, Shao and Wu 1989).
+    """
+    shares = []
+    for _ in range(num_resamples):
+        distances = []
+        for near, places in (to_train, to_held_out):
+            kept = np.zeros(size, dtype=bool)
+            kept[chance.permutation(size)[: (size + 1) // 2]] = True
+            first = kept[places].argmax(axis=1)  # at most one in 2^HALVINGS films has no neighbour left
+            distances.append(near[np.arange(len(near)), first])
+        drawn = chance.integers(len(distances[0]), size=len(distances[0]))
+        shares.append(_share_nearer(*distances)[drawn].mean())
+    return float(np.std(shares, ddof=1))
 
 
 def auroc(

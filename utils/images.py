@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,19 @@ def load_film(path: Path, resolution: int, interpolation: str = "lanczos") -> Te
 def to_pixel_values(films: Tensor) -> Tensor:
     """Return grey films, uint8 [B, H, W], as the autoencoder's input, float32 [B, 3, H, W] in [-1, 1]."""
     return (films.float() / 127.5 - 1.0)[:, None].expand(-1, 3, -1, -1)
+
+
+def thumbnails(films: Tensor, side: int = 32) -> Tensor:
+    """Return films, uint8 [B, H, W], as rows of side x side mean grey levels, of mean 0 and deviation 1 in each film.
+
+    What copies of a film have in common, and films of like patients do not.
+
+    Returns:
+        float32 [B, side * side]; zeros where a film is blank.
+    """
+    means = F.adaptive_avg_pool2d(films[:, None].float(), side).flatten(1)
+    deviations = means.std(dim=1, keepdim=True)
+    return (means - means.mean(dim=1, keepdim=True)) / torch.where(deviations > 0, deviations, 1.0)
 
 
 def to_films(pixel_values: Tensor) -> Tensor:

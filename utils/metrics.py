@@ -9,9 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
 WINDOW = 11  # pixels
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, finest scale first
 
 
 def ssim(films: Tensor, references: Tensor) -> Tensor:
@@ -40,6 +44,31 @@ def ssim_of_grey(images: Tensor, references: Tensor) -> Tensor:
     )  # maps: [B, 1, H, W]
     border = WINDOW // 2
     return maps[..., border:-border, border:-border].mean(dim=(1, 2, 3))
+
+
+def num_scales(side: int) -> int:
+    """Return how many of the five scales of MS-SSIM fit films of that side: its window, at half the side each time."""
+    return max(n for n in range(1, len(SCALE_WEIGHTS) + 1) if n == 1 or side > (WINDOW - 1) * 2 ** (n - 1))
+
+
+def ms_ssim(films: Tensor, references: Tensor) -> Tensor:
+    """Return the multi-scale structural similarity of each film with its reference (Wang et al. 2003, Asilomar, Eq. 7).
+
+    Films of 160 pixels or less carry fewer than its five scales; the weights of those that fit then add up to 1, and
+    figures compare with others of the same size only. At the coarsest scale windows on mirrored edges count, as
+    torchmetrics has it.
+
+    Args:
+        films, references: uint8 [B, H, W].
+
+    Returns:
+        float32 [B], in [0, 1].
+    """
+    weights = SCALE_WEIGHTS[: num_scales(min(films.shape[1:]))]
+    return multiscale_structural_similarity_index_measure(
+        _unit(films), _unit(references), sigma=1.5, data_range=1.0, normalize="relu", reduction="none",
+        betas=tuple(weight / sum(weights) for weight in weights),
+    ).flatten()  # fmt: skip
 
 
 def mse(films: Tensor, references: Tensor) -> Tensor:
