@@ -7,25 +7,31 @@ Of one fold:
 
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
+    features.safetensors the same films as points, for pooling
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
+    nearest.png          the generated films that are most like a training film. It shows patients, too
     findings.png         for sets with drawn findings: prompted findings as drawn, by the base, by the adapter
     noise_levels.png     what the adapter gained over the base, by noise level
     report.html          all of it on one page
 
-Three questions, three kinds of figures. How well does the model predict noise (MSE by timestep)? How well does it
-rebuild a real film from a known amount of noise (SSIM, PSNR), between the mean training film and the autoencoder's own
-round trip? And how near does a free sample come to the one film whose caption it was given? The last is asked for often
-and says little: two unrelated films are nearly as near, and the blurred mean film is nearer.
+How well does the model predict noise (MSE by timestep)? How well does it rebuild a real film from a known amount of
+noise (SSIM, PSNR, MS-SSIM), between the mean training film and the autoencoder's own round trip? How near does a free
+sample come to the one film whose caption it was given? That is asked for often and says little: two unrelated films are
+nearly as near, and the blurred mean film is nearer. Are free samples, as a set, as near to held-out films as other real
+films are, and do they vary as much? Are they nearer to films that training saw than to others? And for whom: the main
+figures by sex, age, view, and by whether training saw the caption.
 """
 
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -35,11 +41,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save
+from scipy.stats import wilcoxon
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from utils.audit import HIGHEST_SHARE, LEAST_FILMS, audit, suspects
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
-from utils.features import extract, load_encoder
+from utils.features import BUNDLED_ENCODER, extract, load_encoder, measure_films
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
 from utils.findings import (
     calibrate,
@@ -50,20 +60,25 @@ from utils.findings import (
     shown_labels,
     single_findings,
 )
-from utils.folds import draw_rows, split_fold, with_folds
+from utils.folds import draw_patients, draw_rows, patient_of, split_fold, with_folds
 from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
 from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
-from utils.metrics import bootstrap_interval, mse, psnr, ssim
+from utils.metrics import bootstrap_interval, ms_ssim, mse, num_scales, psnr, ssim
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
+from utils.realism import compare_halves, compare_sets, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import (
+    against_table,
     contact_sheet,
     decoder_table,
+    distribution_table,
     draw_noise_levels,
     followed_table,
+    groups_table,
+    halves_table,
     headline_table,
     html_page,
     html_picture,
@@ -72,6 +87,7 @@ from utils.report import (
 )
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
+from utils.subgroups import subgroups
 from utils.tokens import tokenize
 from utils.validation import (
     HEADLINE,
@@ -86,7 +102,8 @@ from utils.validation import (
     score_model,
 )
 
-METRICS = {"ssim": ssim, "psnr": psnr, "mse": mse}
+REBUILT = {"ssim": ssim, "psnr": psnr, "ms_ssim": ms_ssim}
+METRICS = {**REBUILT, "mse": mse}
 FREE_SAMPLES_NOTE = (
     "Not a measure of quality: a caption does not determine a film. Read it beside the random pair (two real films of "
     "different patients) and the mean training film, which beats honest samples because it is blurred."
@@ -98,12 +115,26 @@ FOLLOWED_NOTE = (
     "says yes is calibrated on the training films. Nodules and masses are read under one label, zones are not read. 95 % "
     "intervals over films (Wilson)."
 )
+DISTRIBUTION_NOTE = (
+    "Distances of a set of films from the held-out ones, in features of an encoder; they compare with one another only. "
+    "Frechet: between Gaussians fitted to both sets, biased upwards by few films, so that sets are of one size. Kernel: unbiased, "
+    "0 between equal distributions, with its standard error. Precision: share of generated films within the reach of real "
+    "ones; recall: the reverse; density and coverage: the same, less moved by stray films. Other real films: of "
+    "training patients, mean and standard deviation of ten draws."
+)
+TOO_GOOD_NOTE = (
+    "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations: "
+    "too good to be true. Were the held-out films, or copies of them, among those trained on?"
+)
 DECODER_NOTE = (
     "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
     "own; so the gains are of both. Films that are read for findings are decoded with it, the base's too. Normalised: from "
     "the mean training film (0) to the round trip of the same decoder (1)."
 )
 SHOWN = 6  # films in films.png
+SHOWN_SUSPECTS = 8  # generated films in nearest.png
+VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
+ENCODED_AT_ONCE = 64  # films
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,6 +143,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")
     add("--cross_validation", type=Path, metavar="OUT", help="folder of evaluated runs fold<k>: one table of them all")
+    add("--against", type=Path, metavar="OUT", help="another such folder: which does better on the same films?")
     add(
         "--num_prompted",
         type=int,
@@ -139,6 +171,8 @@ def main(args: argparse.Namespace) -> None:
     if (args.lora is None) == (args.cross_validation is None):
         given = "nothing" if args.lora is None else "both --lora and --cross_validation"
         raise Refused(f"{given} given; expected either --lora out/fold2 or --cross_validation out")
+    if args.against is not None and args.cross_validation is None:
+        raise Refused("--against compares cross-validations; expected --cross_validation out --against other")
     if args.seed < 0 or not math.isfinite(args.guidance_scale):
         raise Refused(
             f"--seed {args.seed} --guidance_scale {args.guidance_scale}; expected a seed from 0 on, a finite scale"
@@ -151,7 +185,8 @@ def main(args: argparse.Namespace) -> None:
     if args.lora is not None:
         evaluate_fold(args)
     else:
-        cross_validate(args.cross_validation, args.output_dir or args.cross_validation / "cross_validation", args.seed)
+        output_dir = args.output_dir or args.cross_validation / "cross_validation"
+        cross_validate(args.cross_validation, output_dir, args.seed, args.against)
 
 
 def evaluate_fold(args: argparse.Namespace) -> None:
@@ -216,7 +251,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
           f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
 
     # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
-    scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size)
+    scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size, metrics=REBUILT)
     with eval_mode(unet, text_encoder):
         pipeline.disable_lora()
         scores = {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
@@ -224,7 +259,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         if decoder:
             films_before = score_model(bank, unet, text_encoder, **scored)
             scores |= {f"own_decoder/{k}": v for k, v in films_before.items() if not k.startswith("mse")}
-            scores |= {f"own_decoder/{k}/ceiling": v for k, v in score_round_trip(bank, vae, args.batch_size).items()}
+            round_trip = score_round_trip(bank, vae, args.batch_size, metrics=REBUILT)
+            scores |= {f"own_decoder/{k}/ceiling": v for k, v in round_trip.items()}
             put_on_decoder(vae, decoder)
             print(f"decoder {decoder_file}, fitted to radiographs; --no_vae_decoder takes the base's own")
         scores |= {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
@@ -232,12 +268,20 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
 
-        # Free samples of the held-out captions, beside two things that need no model
-        films = sample(
-            pipeline, captions, [args.seed + i for i in range(len(bank))], resolution, args.num_inference_steps,
-            args.guidance_scale, args.batch_size,
+        # Free samples: of the held-out captions by both models, of training captions, of some captions several times
+        draw = partial(draw_films, args, pipeline, resolution)
+        generated = draw(captions, "generating")
+        pipeline.disable_lora()
+        of_base = draw(captions, "generating, base")
+        pipeline.enable_lora()
+        num_audited = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
+        known, unknown = (draw_patients(part, num_audited, args.seed) for part in (training_rows, held_out_rows))
+        of_known = draw([row["text"] for row in known], "generating, captions of training films")
+        repeated = list(dict.fromkeys(row["text"] for row in unknown))[:VARIED_PROMPTS]
+        seeds = list(range(args.seed, args.seed + SAMPLES_A_PROMPT))
+        varied = draw(
+            [caption for caption in repeated for _ in seeds], "generating, one caption several times", seeds * len(repeated)
         )  # fmt: skip
-        generated = torch.stack(list(tqdm(films, total=len(bank), desc="generating", unit="film")))
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -248,6 +292,17 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             followed, findings_sheet = follow_prompts(
                 args, pipeline, rows, fitted, config["fold"], all_films, round_trip
             )
+
+    # Films as points: of the encoder's features, and of their pixels
+    measure = partial(measure_films, load_encoder().to(device))
+    training_films = FilmDataset(data_dir, training_rows, resolution, interpolation)
+    spaces = {
+        name: measure(films.split(ENCODED_AT_ONCE), len(films))
+        for name, films in (("held_out", bank.films), ("generated", generated), ("base", of_base), ("known", of_known))
+    }
+    spaces["training"] = measure(DataLoader(training_films, ENCODED_AT_ONCE), len(training_films))
+    features = {name: space["features"] for name, space in spaces.items()}
+
     others = bank.films[other_patients(bank.patients, args.seed)]
     candidates_of = {"generated": generated, "random_pair": others, "mean_film": mean.expand_as(bank.films)}
     for kind, candidates in candidates_of.items():
@@ -275,6 +330,33 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         metrics["vae_decoder"] = file | summarise_decoder(scores, bank.patients, args.seed)
     if reads_findings:
         metrics["prompt_followed"] = followed
+    training_patients = [patient_of(row) for row in training_rows]
+    blurred = measure(mean[None].expand(len(bank), -1, -1).split(ENCODED_AT_ONCE), len(bank))["features"]
+    sets = {"generated": features["generated"], "base": features["base"], "mean_film": blurred}
+    metrics["distribution"] = {"encoder": BUNDLED_ENCODER.name} | (
+        compare_sets(features["held_out"], sets, features["training"], training_patients, args.seed) or {}
+    )
+    metrics["variety"] = {"scales": num_scales(resolution)} | {
+        "one_caption": pair_similarity(*pairs_of(varied, SAMPLES_A_PROMPT), args.seed),
+        "real_films": pair_similarity(bank.films, others, bank.patients, args.seed),
+    }
+    # A film from the caption of one film each of as many patients of training and held out, beside those films
+    of_unknown, of_trained = (
+        [[row["file_name"] for row in part].index(row["file_name"]) for row in drawn]
+        for part, drawn in ((held_out_rows, unknown), (training_rows, known))
+    )
+    asked = {
+        space: torch.cat([spaces["generated"][space][of_unknown], spaces["known"][space]]) for space in spaces["known"]
+    }
+    trained = {space: films[of_trained] for space, films in spaces["training"].items()}
+    unseen = {space: films[of_unknown] for space, films in spaces["held_out"].items()}
+    metrics["memorisation"] = audit(asked, trained, unseen, args.seed)
+    nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
+    groups = subgroups(held_out_rows, {row["text"] for row in training_rows})
+    metrics["by_group"] = summarise_groups(scores, groups, bank.patients, noise_levels(noise_scheduler), args.seed)
+    write_bytes(
+        output_dir / "features.safetensors", save({name: features[name] for name in ("held_out", "generated")})
+    )
     write_jsonl(
         output_dir / "films.jsonl",
         (
@@ -292,9 +374,30 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     heads = ["of the set", *(f"rebuilt {strength}" for strength in STRENGTHS), "generated"]
     note = "The first column shows films of the set, the rebuilt ones resemble them: if they are of patients, not to be shared."
     save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
+    asked_films = torch.cat([generated[of_unknown], of_known])
+    save_png(
+        output_dir / "nearest.png",
+        contact_sheet(
+            [[asked_films[i].numpy(), training_films[j].numpy()] for i, j, _ in nearest],
+            [f"{ratio:.2f} of the distance to the nearest held-out film" for *_, ratio in nearest],
+            ["generated", "of training"],
+            "The generated films that are nearest to a training film for how far they are from others, in pixels. The "
+            "second column shows films of the set: if they are of patients, not to be shared.",
+        ),
+    )
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
     tables = [headline_table(metrics)]
     parts = [html_table(*tables[0]), f"<p>{FREE_SAMPLES_NOTE}</p>", html_picture(output_dir / "noise_levels.png")]
+    if "films" in metrics["distribution"]:
+        tables.append(distribution_table(metrics))
+        parts += [html_table(*tables[-1]), f"<p>{DISTRIBUTION_NOTE}</p>"]
+        if "generated" in metrics["distribution"]["too_good"]:
+            parts.append(f"<p><b>{TOO_GOOD_NOTE}</b></p>")
+            print(TOO_GOOD_NOTE)
+    parts += [f"<p>{variety_in_words(metrics)}</p>", f"<p>{audit_in_words(metrics)}</p>"]
+    if metrics["by_group"]:
+        tables.append(groups_table(metrics))
+        parts.append(html_table(*tables[-1]))
     if decoder:
         tables.insert(0, decoder_table(metrics))
         parts = [html_table(*tables[0]), f"<p>{DECODER_NOTE}</p>", *parts]
@@ -306,7 +409,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         ]  # fmt: skip
     page = html_page(
         f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients",
-        [*parts, html_picture(output_dir / "films.png")],
+        [*parts, html_picture(output_dir / "films.png"), html_picture(output_dir / "nearest.png")],
     )
     write_bytes(output_dir / "report.html", page.encode())
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
@@ -371,6 +474,33 @@ def follow_prompts(
     return {"thresholds": thresholds, **rates}, contact_sheet(sheet, sorted(set(labels)), heads, note)
 
 
+def draw_films(
+    args: argparse.Namespace,
+    pipeline: StableDiffusionPipeline,
+    resolution: int,
+    captions: Sequence[str],
+    doing: str,
+    seeds: Sequence[int] | None = None,
+) -> Tensor:
+    """Generate a film a caption, of seeds from --seed on where none are given, uint8 [len(captions), H, W]."""
+    seeds = seeds or [args.seed + i for i in range(len(captions))]
+    films = sample(
+        pipeline, captions, seeds, resolution, args.num_inference_steps, args.guidance_scale, args.batch_size
+    )
+    return torch.stack(list(tqdm(films, doing, len(captions), unit="film")))
+
+
+def pairs_of(films: Tensor, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Return all pairs of films within groups of `size` in a row: one film, the other, and the group of each pair."""
+    pairs = [
+        (group + i, group + j, str(group))
+        for group in range(0, len(films), size)
+        for i, j in itertools.combinations(range(size), 2)
+    ]
+    one, other, groups = zip(*pairs, strict=True)
+    return films[list(one)], films[list(other)], list(groups)
+
+
 def read_config(run_dir: Path) -> dict:
     """Return a run's settings as `train_lora.py` recorded them."""
     config = run_dir / "config.json"
@@ -425,7 +555,7 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
     rebuilt = {}
     for strength in STRENGTHS:
         rebuilt[str(strength)] = {}
-        for name in ("ssim", "psnr"):
+        for name in REBUILT:
             figures = compared(f"{name}/{strength}") | {"noisy": stat(scores[f"bound/{name}/noisy/{strength}"])}
             floor, ceiling = (scores[f"bound/{name}/{bound}"].mean().item() for bound in ("mean_film", "ceiling"))
             own_ceiling = scores.get(f"own_decoder/{name}/ceiling", scores[f"bound/{name}/ceiling"]).mean().item()
@@ -436,7 +566,7 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
         "rebuilt": rebuilt,
         "bounds": {
             name: {bound: stat(scores[f"bound/{name}/{bound}"]) for bound in ("mean_film", "ceiling")}
-            for name in ("ssim", "psnr")
+            for name in REBUILT
         },
         "noise_prediction_mse": {str(level): compared(f"mse/{level}") for level in levels},
         "free_samples": {"note": FREE_SAMPLES_NOTE}
@@ -465,7 +595,7 @@ def summarise_decoder(scores: dict[str, Tensor], patients: Sequence[str], seed: 
         return {name: mean_with_interval(values, patients, seed) for name, values in pairs.items()}
 
     summary = {"ceiling": {}, "rebuilt": {str(strength): {} for strength in STRENGTHS}}
-    for name in ("ssim", "psnr"):
+    for name in REBUILT:
         own, adapted = scores[f"own_decoder/{name}/ceiling"], scores[f"bound/{name}/ceiling"]
         summary["ceiling"][name] = compared(own, adapted)
         floor = scores[f"bound/{name}/mean_film"].mean().item()
@@ -478,9 +608,67 @@ def summarise_decoder(scores: dict[str, Tensor], patients: Sequence[str], seed: 
     return summary
 
 
+def summarise_groups(
+    scores: dict[str, Tensor],
+    groups: dict[str, dict[str, list[int]]],
+    patients: Sequence[str],
+    levels: Sequence[int],
+    seed: int,
+) -> dict:
+    """Return the main figures of each group of films, with counts.
+
+    Args:
+        scores, patients, levels, seed: as `summarise` takes them.
+        groups: places of films by attribute and value.
+    """
+    by_film = {}
+    for model in ("adapter", "base"):
+        by_film[f"ssim/{model}"] = scores[f"{model}/ssim/{HEADLINE}"]
+        by_film[f"mse/{model}"] = torch.stack([scores[f"{model}/mse/{level}"] for level in levels]).mean(dim=0)
+    for name in ("ssim", "mse"):
+        by_film[f"{name}/gain"] = gain_of(name, by_film[f"{name}/adapter"], by_film[f"{name}/base"])
+    summary = {}
+    for attribute, by_value in groups.items():
+        summary[attribute] = {}
+        for value, places in by_value.items():
+            whose = [patients[place] for place in places]
+            figures = {name: mean_with_interval(values[places], whose, seed) for name, values in by_film.items()}
+            summary[attribute][value] = {"films": len(places), "patients": len(set(whose))} | figures
+    return summary
+
+
 def gain_of(name: str, adapter, base):
     """Return what the adapter gained over the base, positive where it is better: more SSIM and PSNR, less error."""
     return base - adapter if name.startswith("mse") else adapter - base
+
+
+def variety_in_words(metrics: dict) -> str:
+    """Return how alike films of one caption are, beside real films, as a sentence."""
+    part = metrics["variety"]
+    one_caption, real = (
+        f"{of['mean']:.3f}" + (" [{:.3f}, {:.3f}]".format(*of["interval"]) if of["interval"] else "")
+        for of in (part["one_caption"], part["real_films"])
+    )
+    return (
+        f"Variety: MS-SSIM over {part['scales']} scales is {one_caption} between films of one caption "
+        f"({part['one_caption']['pairs']} pairs), {real} between real films of different patients "
+        f"({part['real_films']['pairs']} pairs). Higher means more alike."
+    )
+
+
+def audit_in_words(metrics: dict) -> str:
+    """Return what the memorisation audit found, as a sentence."""
+    part = metrics["memorisation"]
+    shares = [
+        f"{part[space]['probability']:.3f} [{part[space]['interval'][0]:.3f}, {part[space]['interval'][1]:.3f}] in {space}"
+        for space in ("features", "pixels")
+    ]
+    return (
+        f"Memorisation: {part['verdict']}. Of {part['generated']} generated films, half from captions of training "
+        f"films, the share nearer to one of {part['references']} training patients than to one of as many held-out "
+        f"ones is {shares[0]}, {shares[1]}; 0.5 means none is copied. At least {LEAST_FILMS} of each are needed for a "
+        f"verdict, and the upper ends have to stay below {HIGHEST_SHARE}."
+    )
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -490,8 +678,12 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
-    """Put the evaluations of all folds into one table: mean and spread over folds, and pooled over films."""
+def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
+    """Return the evaluations of all folds of one cross-validation: their figures, their films, and their folders.
+
+    Raises:
+        Refused: for fewer than two, for folds that were evaluated unlike, or that hold a film in common.
+    """
     evaluations = sorted(out.glob("fold*/evaluation/metrics.json"))
     if len(evaluations) < 2:
         raise Refused(
@@ -501,7 +693,6 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
     for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed"):
         if len({json.dumps(fold[name], sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
-    numbers = [fold["fold"] for fold in folds]
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
     if len({frozenset(row) for row in films}) > 1:
@@ -509,20 +700,31 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
             f"some folds in {out} have an adapted decoder and others none; evaluate them with --no_vae_decoder"
         )
     if len({row["file_name"] for row in films}) < len(films):
+        numbers = [fold["fold"] for fold in folds]
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
+    return folds, films_by_fold, [path.parent for path in evaluations]
+
+
+def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
+    """Return every figure by film as a column, with the gain of the adapter over the base beside both."""
+    columns = {name: [row[name] for row in films] for name in films[0] if name not in ("file_name", "patient_id")}
+    for name in [name.removeprefix("adapter/") for name in columns if name.startswith("adapter/")]:
+        pairs = zip(columns[f"adapter/{name}"], columns[f"base/{name}"], strict=True)
+        columns[f"gain/{name}"] = [gain_of(name, *pair) for pair in pairs]
+    return columns
+
+
+def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None) -> None:
+    """Put the evaluations of all folds into one table: mean and spread over folds, and pooled over films."""
+    folds, films_by_fold, folders = read_folds(out)
+    numbers = [fold["fold"] for fold in folds]
+    films = [row for rows in films_by_fold for row in rows]
+    patients = [row["patient_id"] for row in films]
 
     # Every figure by film, averaged within folds, then over folds; and over all films at once
-    patients = [row["patient_id"] for row in films]
-    names = [name for name in films[0] if name not in ("file_name", "patient_id")]
-    columns = {name: [row[name] for row in films] for name in names}
-    for name in [name for name in names if name.startswith("adapter/")]:
-        base = columns[name.replace("adapter/", "base/")]
-        name = name.removeprefix("adapter/")
-        pairs = zip(columns[f"adapter/{name}"], base, strict=True)
-        columns[f"gain/{name}"] = [gain_of(name, *pair) for pair in pairs]
     sizes, summary = [len(rows) for rows in films_by_fold], {}
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for name, values in sorted(columns.items()):
+    for name, values in sorted(with_gains(films).items()):
         means = [statistics.fmean(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
         low, high = bootstrap_interval(values, patients, seed)
         summary[name] = {
@@ -533,6 +735,14 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
         "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
         "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
     }  # fmt: skip
+    features = [load_file(folder / "features.safetensors") for folder in folders]
+    real, generated = (torch.cat([fold[name] for fold in features]) for name in ("held_out", "generated"))
+    record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
+        compare_halves(real, generated, patients, seed) or {}
+    )
+    if against is not None:
+        record["against"] = compare_runs(films, [row for rows in read_folds(against)[1] for row in rows], seed)
+        record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
     writer = csv.writer(table)
@@ -541,8 +751,9 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
         writer.writerow([name, row["mean"], row["sd"], *row["by_fold"], row["pooled"], *row["pooled_interval"]])
     write_bytes(output_dir / "summary.csv", table.getvalue().encode())
 
-    first = [f"{kind}/{metric}/{HEADLINE}" for metric in ("ssim", "psnr") for kind in ("adapter", "base", "gain")]
-    first += [f"bound/{metric}/{bound}" for metric in ("ssim", "psnr") for bound in ("mean_film", "ceiling")]
+    # What a person looks at
+    first = [f"{kind}/{metric}/{HEADLINE}" for metric in REBUILT for kind in ("adapter", "base", "gain")]
+    first += [f"bound/{metric}/{bound}" for metric in REBUILT for bound in ("mean_film", "ceiling")]
     heads = ["figure", "mean of folds", "sd", *(f"fold {number}" for number in numbers), "pooled [95 % by patient]"]
 
     def line(name: str) -> list[str]:
@@ -555,12 +766,55 @@ def cross_validate(out: Path, output_dir: Path, seed: int) -> None:
         f"Cross-validation, {len(folds)} of {folds[0]['num_folds']} folds: {len(films)} films of {len(set(patients))} "
         "patients, each scored by a model that never saw the patient"
     )
+    tables = [(heads, [line(name) for name in first])]
+    if "films" in record["distribution"]:
+        tables.append(halves_table(record["distribution"]))
+    if against is not None:
+        tables.append(against_table(record["against"]))
     rest = [name for name in summary if name not in first]
-    page = [html_table(heads, [line(name) for name in [*first, *rest]]), f"<p>free/...: {FREE_SAMPLES_NOTE}</p>"]
+    page = [html_table(*table) for table in tables]
+    page += [html_table(heads, [line(name) for name in rest]), f"<p>free/...: {FREE_SAMPLES_NOTE}</p>"]
     write_bytes(output_dir / "report.html", html_page(title, page).encode())
     print(title)
-    print_table(heads, [line(name) for name in first])
+    for table in tables:
+        print_table(*table)
+        print()
     print(f"look at {output_dir / 'report.html'}")
+
+
+def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
+    """Compare two cross-validations film by film: does the first do better than the second, on the same patients?
+
+    Args:
+        films, others: rows of `films.jsonl` of all folds.
+        seed: of the bootstrap.
+
+    Returns:
+        `films` and `patients` in both; by figure of the adapter the mean `gain` of the first over the second, positive
+        where it is better, its 95 % `interval` by patient, and `p`, that of Wilcoxon's signed-rank test over the
+        patients' means, two-sided; None where no patient differs.
+
+    Raises:
+        Refused: where the second scored other films.
+    """
+    other_of = {row["file_name"]: row for row in others}
+    if other_of.keys() != {row["file_name"] for row in films}:
+        raise Refused(
+            "the two cross-validations held out other films; train and evaluate both on the same set and folds"
+        )
+    patients = [row["patient_id"] for row in films]
+    _, whose = np.unique(patients, return_inverse=True)
+    record: dict = {"films": len(films), "patients": int(whose.max()) + 1, "figures": {}}
+    for name in [name for name in films[0] if name.startswith("adapter/")]:
+        metric = name.removeprefix("adapter/")
+        gains = [gain_of(metric, row[name], other_of[row["file_name"]][name]) for row in films]
+        by_patient = np.bincount(whose, weights=gains) / np.bincount(whose)
+        low, high = bootstrap_interval(gains, patients, seed)
+        record["figures"][metric] = {
+            "gain": statistics.fmean(gains), "interval": None if np.isnan(low) else [low, high],
+            "p": float(wilcoxon(by_patient).pvalue) if by_patient.any() else None,
+        }  # fmt: skip
+    return record
 
 
 if __name__ == "__main__":

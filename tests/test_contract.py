@@ -19,9 +19,9 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetri
 LAYERS = {
     0: {
         "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet", "transfer",
-        "refusal", "report", "reports", "runlog", "seeding",
+        "refusal", "report", "reports", "runlog", "seeding", "subgroups",
     },
-    1: {"boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics"},
+    1: {"audit", "boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics", "realism"},
     2: {"checkpoint", "decoder", "export", "features", "findings", "hardware", "latents", "lora", "pipeline", "tokens", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}

@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from tests.training import train
@@ -76,10 +77,44 @@ def test_the_base_is_scored_without_the_adapter(runs: Path, tiny_base: Path, tin
     assert any(abs(row["adapter/mse/50"] - row["base/mse/50"]) > 1e-3 for row in films)
 
 
+def test_sets_of_films_stand_beside_real_ones_in_their_place(runs: Path) -> None:
+    metrics = json.loads((runs / "fold0" / "evaluation" / "metrics.json").read_text())
+    distribution = metrics["distribution"]
+    assert (distribution["films"], distribution["features"], distribution["encoder"]) == (8, 64, "cxr-features")
+    for films in ("generated", "base", "real", "mean_film"):
+        assert distribution[films]["frechet"] is None, "8 films have no covariance of 64 features"
+        assert distribution[films]["kernel"] is not None
+    assert distribution["generated"]["kernel"] > distribution["real"]["kernel"], "a base of random weights draws noise"
+    assert distribution["too_good"] == []
+    audit = metrics["memorisation"]
+    assert (audit["generated"], audit["references"], audit["verdict"]) == (8, 4, "too few films to say")
+    variety = metrics["variety"]
+    assert variety["one_caption"]["pairs"] % 6 == 0
+    assert variety["scales"] == 3, "at 64 px"
+    features = load_file(runs / "fold0" / "evaluation" / "features.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in features.items()} == {
+        "held_out": (8, 64),
+        "generated": (8, 64),
+    }
+
+
+def test_groups_have_their_own_figures_and_counts() -> None:
+    scores = {f"{model}/ssim/0.5": torch.tensor([0.1, 0.2, 0.6]) for model in ("adapter", "base")}
+    scores |= {"adapter/mse/50": torch.tensor([1.0, 1.0, 2.0]), "adapter/mse/950": torch.tensor([3.0, 3.0, 2.0])}
+    scores |= {"base/mse/50": torch.tensor([2.0, 2.0, 2.0]), "base/mse/950": torch.tensor([4.0, 4.0, 4.0])}
+    groups = {"sex": {"F": [0, 1], "M": [2]}}
+    of_sex = evaluate.summarise_groups(scores, groups, ["a", "b", "b"], [50, 950], seed=0)["sex"]
+    assert [(of["films"], of["patients"]) for of in of_sex.values()] == [(2, 2), (1, 1)]
+    assert [of["ssim/adapter"]["mean"] for of in of_sex.values()] == pytest.approx([0.15, 0.6])
+    assert [of["mse/gain"]["mean"] for of in of_sex.values()] == pytest.approx([1, 1])
+    assert of_sex["M"]["mse/gain"]["interval"] is None, "of one patient"
+
+
 def test_pictures_and_report_are_there(runs: Path) -> None:
     folder = runs / "fold0" / "evaluation"
     report = (folder / "report.html").read_text()
-    for name in ("films", "noise_levels"):
+    assert "Memorisation: too few films to say." in report
+    for name in ("films", "noise_levels", "nearest"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f'<img alt="{name}" src="data:image/png;base64,' in report
 
@@ -179,6 +214,38 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     assert gain["pooled"] == pytest.approx(figure["pooled"] - summary["figures"]["base/ssim/0.5"]["pooled"])
     assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + 1
     assert "Cross-validation, 2 of 5 folds" in (tmp_path / "report.html").read_text()
+    pooled = summary["distribution"]
+    assert (pooled["films"], pooled["generated"]["frechet"]) == (8, None)
+    assert pooled["generated"]["kernel"] > pooled["real"]["kernel"]
+
+
+def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: Path) -> None:
+    """Of one with itself nothing is gained; of one that is worse by a hundredth on every film, exactly that."""
+    measure("--cross_validation", runs, "--against", runs, "--output_dir", tmp_path / "same")
+    figures = json.loads((tmp_path / "same" / "summary.json").read_text())["against"]["figures"]
+    assert {of["gain"] for of in figures.values()} == {0.0}
+    assert {of["p"] for of in figures.values()} == {None}
+    worse = Path(shutil.copytree(runs, tmp_path / "worse"))
+    for path in worse.glob("fold*/evaluation/films.jsonl"):
+        rows = [json.loads(line) for line in path.open()]
+        for row in rows:
+            row["adapter/ssim/0.5"] -= 0.01
+            row["adapter/mse/50"] += 0.01
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measure("--cross_validation", runs, "--against", worse, "--output_dir", tmp_path / "better")
+    against = json.loads((tmp_path / "better" / "summary.json").read_text())["against"]
+    assert (against["films"], against["patients"]) == (16, 8)
+    for name in ("ssim/0.5", "mse/50"):
+        assert against["figures"][name]["gain"] == pytest.approx(0.01)
+        assert against["figures"][name]["interval"] == pytest.approx([0.01, 0.01])
+        assert against["figures"][name]["p"] < 0.01
+    assert "p (Wilcoxon, by patient)" in (tmp_path / "better" / "report.html").read_text()
+    shutil.rmtree(worse / "fold1")
+    shutil.copytree(worse / "fold0", worse / "fold1")
+    table = worse / "fold1" / "evaluation" / "films.jsonl"
+    table.write_text(table.read_text().replace("images/", "others/"))
+    with pytest.raises(Refused, match="held out other films"):
+        measure("--cross_validation", runs, "--against", worse)
 
 
 def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Path) -> None:
@@ -205,6 +272,7 @@ def test_other_data_than_trained_on_is_refused(runs: Path, own_data: Path) -> No
     [
         ([], "nothing given"),
         (["--lora", "a", "--cross_validation", "b"], "both"),
+        (["--lora", "a", "--against", "b"], "--against compares"),
         (["--lora", "a", "--seed", "-1"], "--seed -1"),
         (["--lora", "/nowhere"], "no training run at"),
         (["--cross_validation", "/nowhere"], "0 evaluated folds"),

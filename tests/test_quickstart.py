@@ -86,11 +86,12 @@ def finished(tmp_path: Path) -> Path:
     metrics = {
         "films": 60,
         "patients": 20,
-        "rebuilt": {"0.5": {"ssim": compared, "psnr": compared}},
-        "bounds": {name: {"mean_film": stat, "ceiling": stat} for name in ("ssim", "psnr")},
+        "rebuilt": {"0.5": dict.fromkeys(("ssim", "psnr", "ms_ssim"), compared)},
+        "bounds": {name: {"mean_film": stat, "ceiling": stat} for name in ("ssim", "psnr", "ms_ssim")},
         "noise_prediction_mse": {"50": compared},
         "free_samples": {
-            name: dict.fromkeys(("generated", "random_pair", "mean_film"), stat) for name in ("ssim", "psnr", "mse")
+            name: dict.fromkeys(("generated", "random_pair", "mean_film"), stat)
+            for name in ("ssim", "psnr", "ms_ssim", "mse")
         },
         "prompt_followed": dict.fromkeys(("base", "adapter", "reader", "reader_after_round_trip"), rates),
     }

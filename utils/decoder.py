@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -28,11 +28,11 @@ from utils.images import to_pixel_values
 from utils.latents import FilmDataset, Posteriors, epoch_order, hash_weights
 from utils.lora import DECODER_NAME
 from utils.metadata import dataset_hash
-from utils.metrics import psnr, ssim, ssim_of_grey
+from utils.metrics import ssim_of_grey
 from utils.refusal import Refused
 from utils.runlog import cut_back, differences
 from utils.seeding import derive_seed
-from utils.validation import FilmBank, decode
+from utils.validation import PAIRED, FilmBank, Scores, decode
 
 HEADER_KEY = "chest_radiograph_vae_decoder"
 PARTS = ("decoder.", "post_quant_conv.")
@@ -98,17 +98,19 @@ def read_decoder(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 @torch.no_grad()
 def score_round_trip(
-    bank: FilmBank, vae: AutoencoderKL, batch_size: int, indices: Sequence[int] | None = None
+    bank: FilmBank,
+    vae: AutoencoderKL,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = PAIRED,
 ) -> dict[str, Tensor]:
-    """Score films after the autoencoder: "ssim" and "psnr", float64 [N] each, 0 outside `indices`."""
+    """Score films after the autoencoder, by the name of each metric, float64 [N] each, 0 outside `indices`."""
     indices = range(len(bank)) if indices is None else indices
-    scores = {name: torch.zeros(len(bank), dtype=torch.float64) for name in ("ssim", "psnr")}
+    scores = Scores(len(bank))
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])
-        films = decode(vae, bank.latents[chunk].to(vae.device))
-        for name, metric in (("ssim", ssim), ("psnr", psnr)):
-            scores[name][chunk] = metric(films, bank.films[chunk]).double()
-    return scores
+        scores.put_all(metrics, "", chunk, decode(vae, bank.latents[chunk].to(vae.device)), bank.films[chunk])
+    return scores.by_name
 
 
 def reconstruction_loss(pixel_values: Tensor, films: Tensor, ssim_weight: float) -> Tensor:

@@ -244,6 +244,20 @@ def split_fold(
     return training, validation, held_out
 
 
+def patient_of(row: dict) -> str:
+    """Return whose film a row is; patients who share a film count as one."""
+    return str(row.get("group") or row.get("patient_id") or row["file_name"])
+
+
+def draw_patients(rows: Sequence[dict], most: int, seed: int) -> list[dict]:
+    """Return one film each of at most so many patients, both drawn by seed, in an order that chance gave them."""
+    order = np.random.default_rng(derive_seed(seed, "patients")).permutation(len(rows))
+    first = {}
+    for i in order:
+        first.setdefault(patient_of(rows[i]), rows[i])
+    return list(first.values())[:most]
+
+
 def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
     """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
     if most >= len(rows):

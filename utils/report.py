@@ -14,6 +14,7 @@ from utils.files import write_bytes
 
 GAP = 4  # pixels between films
 LINE = 16  # height of a line of text in pixels
+TITLES = {"ssim": "SSIM", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "mse": "MSE"}
 SMOOTHING = 25  # steps of the running mean in the loss curve
 
 
@@ -161,18 +162,18 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
 
     rows = []
     for strength, by_metric in metrics["rebuilt"].items():
-        for name, digits in (("ssim", 4), ("psnr", 2)):
+        for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4)):
             figures, bounds = by_metric[name], metrics["bounds"][name]
-            title = f"rebuilt from {strength}: {name.upper()}{', dB' if name == 'psnr' else ''}"
+            title = f"rebuilt from {strength}: {TITLES[name]}"
             parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
             rows.append([title, *(show(part, digits) for part in parts)])
     for level, figures in metrics["noise_prediction_mse"].items():
         parts = figures["adapter"], figures["base"], figures["gain"]
         rows.append([f"prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
-    for name, digits in (("ssim", 4), ("psnr", 2), ("mse", 4)):
+    for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4), ("mse", 4)):
         figures = metrics["free_samples"][name]
         rows.append([
-            f"free sample against its real partner: {name.upper()}", show(figures["generated"], digits),
+            f"free sample against its real partner: {TITLES[name]}", show(figures["generated"], digits),
             f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
         ])  # fmt: skip
     heads = [
@@ -198,13 +199,13 @@ def decoder_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     parts |= {f"rebuilt from {strength}": figures for strength, figures in part["rebuilt"].items()}
     rows = []
     for title, by_metric in parts.items():
-        for name, digits in (("ssim", 4), ("psnr", 2)):
+        for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4)):
             figures = by_metric[name]
             shares = [
                 f"{figures[key]:.3f}" if key in figures else "" for key in ("own_normalised", "adapted_normalised")
             ]
             cells = [show(figures[key], digits) for key in ("own", "adapted", "gain")]
-            rows.append([f"{title}: {name.upper()}{', dB' if name == 'psnr' else ''}", *cells, *shares])
+            rows.append([f"{title}: {TITLES[name]}", *cells, *shares])
     heads = [
         "adapter with", "the base's decoder", "the adapted decoder", "gain, paired by film", "normalised, base's decoder",
         "normalised, adapted decoder",
@@ -240,6 +241,96 @@ def followed_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def distribution_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of how far sets of films are from the held-out ones; `metrics` as in `metrics.json`."""
+    part = metrics["distribution"]
+    films = part["films"]
+
+    def show(value: float | None, spread: float | None = None) -> str:
+        if value is None:
+            return "too few films"
+        digits = 2 if abs(value) >= 10 else 3
+        return f"{value:.{digits}f}" + ("" if spread is None else f" +- {spread:.{digits}f}")
+
+    rows = []
+    for name, title in distance_titles(films).items():
+        cells = []
+        for films_of in ("generated", "base", "real", "mean_film"):
+            spread = part["real_sd"][name] if films_of == "real" else None
+            if name == "kernel" and films_of != "real":
+                spread = part[films_of]["kernel_error"]
+            cells.append(show(part[films_of][name], spread))
+        real = part["real"][name]
+        times = f"{part['generated'][name] / real:.2f}" if name == "frechet" and real else ""
+        rows.append([title, *cells[:3], times, cells[3]])
+    heads = [
+        f"{films} films a set, {part['features']} features of {part['encoder']}", "adapter", "base without LoRA",
+        "other real films in their place", "adapter, times real", "the mean film alone",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def halves_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of pooled out-of-fold distances; `part` as `realism.compare_halves` returns it."""
+
+    def show(kind: str, name: str) -> str:
+        value, spread = part[kind][name], part[f"{kind}_sd"][name]
+        return "too few films" if value is None else f"{value:.3f} +- {spread:.3f}"
+
+    rows = []
+    for name, title in distance_titles(part["films"]).items():
+        generated, real = part["generated"][name], part["real"][name]
+        times = f"{generated / real:.2f}" if name == "frechet" and real else ""
+        rows.append([title, show("generated", name), show("real", name), times])
+    heads = [
+        f"all folds: {part['films']} films a half, {part['features']} features of {part['encoder']}",
+        "adapter, out of fold", "real films of the same captions", "times real",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def against_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of a comparison of two cross-validations; `part` as in `summary.json`."""
+    rows = []
+    for name, figures in part["figures"].items():
+        between = " [{:.4f}, {:.4f}]".format(*figures["interval"]) if figures["interval"] else ""
+        p = "" if figures["p"] is None else f"{figures['p']:.2g}"
+        rows.append([name, f"{figures['gain']:.4f}{between}", p])
+    heads = [
+        f"against {part['folder']}: {part['films']} films, {part['patients']} patients",
+        "gain, paired by film (positive: the first is better)", "p (Wilcoxon, by patient)",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def distance_titles(films: int) -> dict[str, str]:
+    """Return the names of what `realism.set_figures` measures of sets of so many films."""
+    names = {"frechet": f"Frechet distance (FD-{films})", "kernel": "kernel distance"}
+    return names | {name: name for name in ("precision", "recall", "density", "coverage")}
+
+
+def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the main figures by group of films; `metrics` as in `metrics.json`."""
+
+    def show(stat: dict, digits: int = 4) -> str:
+        between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat["interval"] else ""
+        return f"{stat['mean']:.{digits}f}{between}"
+
+    rows = [
+        [
+            f"{attribute}: {value}", str(figures["films"]), str(figures["patients"]),
+            *(show(figures[name]) for name in ("ssim/adapter", "ssim/gain", "mse/adapter", "mse/gain")),
+        ]
+        for attribute, by_value in metrics["by_group"].items()
+        for value, figures in by_value.items()
+    ]  # fmt: skip
+    heads = [
+        "films of", "films", "patients", "SSIM, rebuilt from half the noise", "gain over the base",
+        "MSE of the prediction, all levels", "gain over the base",
+    ]  # fmt: skip
+    return heads, rows
+
+
 def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as HTML; every cell is text, not markup."""
     cells = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
@@ -261,11 +352,14 @@ def html_page(title: str, parts: Sequence[str]) -> str:
     """Return a page of its own from pieces of HTML under a heading."""
     style = (
         "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+        "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
+        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+        "@media print{body{max-width:none}table{display:table}img,tr{break-inside:avoid}}"
     )
     body = "\n".join(parts)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<p>For research and teaching. Not for diagnosis.</p>\n{body}\n</body></html>\n"
     )

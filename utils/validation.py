@@ -6,7 +6,7 @@ by a deterministic sampler (DDIM, Song et al. 2021, arXiv:2010.02502). Noise dep
 folds and bases are compared at equal noise, and their differences can be paired by film.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
+from utils.folds import patient_of
 from utils.images import to_films
 from utils.latents import FilmDataset, Posteriors, load_films
 from utils.metrics import psnr, ssim
@@ -23,6 +24,7 @@ from utils.seeding import derive_seed
 NUM_LEVELS = 10  # timesteps of the noise-prediction error: the middles of ten equal bins
 STRENGTHS = (0.3, 0.5, 0.7)  # share of the noise schedule that a film is rebuilt from
 HEADLINE = 0.5  # the strength that early stopping reads
+PAIRED = {"ssim": ssim, "psnr": psnr}  # metrics of a rebuilt film and the film itself
 NUM_DDIM_STEPS = 20  # over the whole schedule; strength 0.5 takes the last ten
 
 
@@ -81,7 +83,7 @@ def film_bank(
         latents=posteriors.read(places)[0] * scaling_factor,
         input_ids=input_ids,
         seeds=[derive_seed("film noise", row["file_name"]) for row in rows],
-        patients=[str(row.get("group") or row.get("patient_id") or row["file_name"]) for row in rows],
+        patients=[patient_of(row) for row in rows],
     )
 
 
@@ -151,6 +153,17 @@ class Scores:
             values.double().cpu()
         )
 
+    def put_all(
+        self,
+        metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+        suffix: str,
+        indices: Sequence[int],
+        films: Tensor,
+        references: Tensor,
+    ) -> None:
+        for name, metric in metrics.items():
+            self.put(name + suffix, indices, metric(films, references))
+
 
 def noise_levels(noise_scheduler: DDPMScheduler) -> list[int]:
     """Return the timesteps at which the noise-prediction error is measured: the middles of NUM_LEVELS equal bins."""
@@ -166,6 +179,7 @@ def score_model(
     noise_scheduler: DDPMScheduler,
     batch_size: int,
     indices: Sequence[int] | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = PAIRED,
 ) -> dict[str, Tensor]:
     """Score a model on films: how well it predicts noise, and how well it rebuilds them.
 
@@ -176,10 +190,11 @@ def score_model(
         noise_scheduler: the base's schedule.
         batch_size: films at a time.
         indices: which films (a process's share); all by default.
+        metrics: of the rebuilt films, by name.
 
     Returns:
         By name, float64 [N] each, 0 outside `indices`: `mse/<timestep>`, the error of the predicted noise or
-        velocity; `ssim/<strength>` and `psnr/<strength>` of the rebuilt film.
+        velocity; `<metric>/<strength>` of the rebuilt film.
     """
     scores, device = Scores(len(bank)), vae.device
     for chunk in _chunks(range(len(bank)) if indices is None else indices, batch_size):
@@ -195,7 +210,7 @@ def score_model(
             scores.put(f"mse/{level}", chunk, (model_pred.float() - target).square().mean(dim=(1, 2, 3)))
         for strength in STRENGTHS:
             rebuilt = decode(vae, rebuild(unet, noise_scheduler, latents, noise, encoder_hidden_states, strength))
-            _score_films(scores, f"/{strength}", chunk, rebuilt, bank.films[chunk])
+            scores.put_all(metrics, f"/{strength}", chunk, rebuilt, bank.films[chunk])
     return scores.by_name
 
 
@@ -207,24 +222,24 @@ def score_bounds(
     mean_film: Tensor,
     batch_size: int,
     indices: Sequence[int] | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = PAIRED,
 ) -> dict[str, Tensor]:
     """Score what no model should fall below, and what none can pass, on the same films.
 
     Returns:
-        By name, float64 [N] each, 0 outside `indices`, for `ssim` and `psnr`: `<metric>/ceiling` (the autoencoder's
-        round trip), `<metric>/mean_film` (the mean training film in place of each) and `<metric>/noisy/<strength>`
+        By name, float64 [N] each, 0 outside `indices`, for each metric: `<metric>/ceiling` (the autoencoder's round trip), `<metric>/mean_film` (the mean training film in place of each) and `<metric>/noisy/<strength>`
         (the noisy latents decoded as they are).
     """
     scores, device = Scores(len(bank)), vae.device
     for chunk in _chunks(range(len(bank)) if indices is None else indices, batch_size):
         latents, noise, films = bank.latents[chunk].to(device), bank.noise(chunk).to(device), bank.films[chunk]
-        _score_films(scores, "/ceiling", chunk, decode(vae, latents), films)
-        _score_films(scores, "/mean_film", chunk, mean_film.expand_as(films), films)
+        scores.put_all(metrics, "/ceiling", chunk, decode(vae, latents), films)
+        scores.put_all(metrics, "/mean_film", chunk, mean_film.expand_as(films), films)
         for strength in STRENGTHS:
             last = round(noise_scheduler.config.num_train_timesteps * strength) - 1
             timesteps = torch.full((len(chunk),), last, device=device)
             noisy = decode(vae, noise_scheduler.add_noise(latents, noise, timesteps))
-            _score_films(scores, f"/noisy/{strength}", chunk, noisy, films)
+            scores.put_all(metrics, f"/noisy/{strength}", chunk, noisy, films)
     return scores.by_name
 
 
@@ -253,11 +268,6 @@ def summarise(scores: dict[str, Tensor]) -> dict:
             for metric in ("ssim", "psnr")
         }
     return summary
-
-
-def _score_films(scores: Scores, suffix: str, chunk: Sequence[int], films: Tensor, references: Tensor) -> None:
-    scores.put(f"ssim{suffix}", chunk, ssim(films, references))
-    scores.put(f"psnr{suffix}", chunk, psnr(films, references))
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -1,0 +1,164 @@
+"""Sets of films beside real ones: the figures of honest sets, and what the usual mistakes look like in them. Hermetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import ROOT
+from utils.audit import FAILED, PASSED, TOO_FEW, audit, suspects, verdict
+from utils.features import load_encoder, measure_films
+from utils.images import load_film, thumbnails
+from utils.metadata import read_metadata
+from utils.realism import compare_sets, pair_similarity, set_figures
+
+DEMO = ROOT / "assets" / "demo"
+SIZE = 180  # films a set, three of each of 60 patients
+HELD_OUT, TRAINING = ([f"{part} {i // 3}" for i in range(SIZE)] for part in ("held-out", "training"))  # patients
+
+
+@pytest.fixture(scope="module")
+def films() -> torch.Tensor:
+    """All films of the demo set, patient after patient, patients in an order that chance gave them."""
+    patients: dict[str, list[dict]] = {}
+    for row in read_metadata(DEMO):
+        patients.setdefault(row["patient_id"], []).append(row)
+    order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [row for i in order for row in list(patients.values())[i]]
+    return torch.stack([load_film(DEMO / row["file_name"], 128) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def spaces(films: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """What evaluate.py measures of held-out films, of training films, and of what is passed off as generated."""
+    held_out, training = films[:SIZE], films[SIZE:]
+    blurred = F.avg_pool2d(F.pad(held_out[:, None].float(), (4, 4, 4, 4), mode="replicate"), 9, stride=1)[:, 0]
+    sets = {
+        "held_out": held_out,
+        "training": training,
+        "one film, over and over": held_out[:1].expand(SIZE, -1, -1),
+        "a few films, over and over": held_out[:36:4].repeat(SIZE // 9, 1, 1),
+        "the mean film": training.float().mean(dim=0).round().to(torch.uint8).expand(SIZE, -1, -1),
+        "blurred": blurred.round().to(torch.uint8),
+        "turned left to right": held_out.flip(2),
+        "negative": 255 - held_out,
+        "a quarter of the grey levels": held_out // 4,
+        "noise": torch.randint(0, 256, held_out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8),
+    }
+    encoder = load_encoder()
+    return {name: measure_films(encoder, films.split(64), len(films)) for name, films in sets.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(spaces: dict) -> dict:
+    features = {name: space["features"] for name, space in spaces.items()}
+    reference, pool = features.pop("held_out"), features["training"]
+    return compare_sets(reference, features | {"held_out": reference}, pool, TRAINING, seed=0)
+
+
+TRAPS = [
+    "one film, over and over", "a few films, over and over", "the mean film", "blurred", "turned left to right",
+    "negative", "a quarter of the grey levels", "noise",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_is_not_a_set_of_real_films_is_farther_than_one(compared: dict, trap: str) -> None:
+    real, spread = compared["real"], compared["real_sd"]
+    assert compared[trap]["frechet"] > 2 * real["frechet"] + 3 * spread["frechet"]
+    assert compared[trap]["kernel"] > real["kernel"] + 3 * compared[trap]["kernel_error"]
+
+
+def test_variety_that_is_lost_shows_in_recall_and_coverage_where_precision_does_not(compared: dict) -> None:
+    few = compared["a few films, over and over"]
+    assert few["precision"] > 0.9
+    assert few["coverage"] < 0.5 * compared["real"]["coverage"]
+    assert few["recall"] < 0.5 * compared["real"]["recall"]
+
+
+def test_other_real_films_are_as_near_as_the_floor(compared: dict) -> None:
+    assert compared["training"]["frechet"] == pytest.approx(compared["real"]["frechet"])
+    assert compared["films"] == SIZE
+    assert compared["features"] == 64
+
+
+def test_the_reference_against_itself_is_too_good_and_said_to_be(compared: dict) -> None:
+    """As where the path of the real films is given for both."""
+    assert compared["held_out"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert compared["too_good"] == ["held_out"]
+
+
+def test_a_memorised_set_passes_for_real_and_is_caught_by_the_audit(spaces: dict, compared: dict) -> None:
+    assert compared["training"]["frechet"] < 1.5 * compared["real"]["frechet"]
+    one_each = {part: {space: films[::3] for space, films in spaces[part].items()} for part in spaces}
+    record = audit(one_each["training"], one_each["training"], one_each["held_out"], seed=0)
+    for space in ("features", "pixels"):
+        assert record[space]["probability"] == 1.0
+        assert record[space]["interval"][0] > 0.6
+    assert (record["generated"], record["references"], record["verdict"]) == (60, 60, TOO_FEW)
+    copied, of, ratio = suspects(*(spaces[n]["pixels"] for n in ("training", "training", "held_out")), 1)[0]
+    assert copied == of and ratio == 0
+
+
+def test_films_of_new_patients_are_not_taken_for_memorised(spaces: dict) -> None:
+    """Real films in the place of generated ones: nearer to one half of the others as often as to the other half."""
+    half = SIZE // 2
+    asked = {space: films[:half] for space, films in spaces["held_out"].items()}
+    unseen = {space: films[half::3] for space, films in spaces["held_out"].items()}
+    record = audit(asked, {space: films[:half:3] for space, films in spaces["training"].items()}, unseen, seed=0)
+    for space in ("features", "pixels"):
+        low, high = record[space]["interval"]
+        assert low < 0.5 < high
+
+
+def test_the_upper_end_of_the_interval_decides_and_few_films_decide_nothing() -> None:
+    assert verdict(499, 600, [0.5, 0.5]) == verdict(600, 499, [0.5, 0.5]) == TOO_FEW
+    assert verdict(500, 500, [0.55, 0.6]) == PASSED
+    assert verdict(500, 500, [0.55, 0.601]) == FAILED
+
+
+def test_fewer_films_than_features_have_no_frechet_distance_but_a_kernel_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(60, 64, generator=generator) for _ in range(2))
+    figures = set_figures(a, b)
+    assert figures["frechet"] is None
+    assert abs(figures["kernel"]) < 3 * figures["kernel_error"]
+    compared = compare_sets(a, {"generated": b}, b, [str(i) for i in range(60)], seed=0)
+    assert compared["real"]["frechet"] is compared["real_sd"]["frechet"] is None
+    with pytest.raises(ValueError, match="two of one size"):
+        set_figures(a, b[:50])
+    assert compare_sets(a[:2], {"generated": b}, b, [str(i) for i in range(60)], seed=0) is None
+
+
+def test_the_floor_is_of_whole_patients() -> None:
+    """Two films of a patient are alike: were they drawn one by one, the floor would hold fewer pairs than the set."""
+    generator = torch.Generator().manual_seed(0)
+    patients = torch.randn(40, 1, 4, generator=generator)
+    pool = (patients + 0.01 * torch.randn(40, 5, 4, generator=generator)).flatten(0, 1)
+    reference = torch.randn(20, 4, generator=generator)
+    whose = [str(i // 5) for i in range(200)]
+    drawn = []
+    original = set_figures
+
+    def spy(reference, films):
+        drawn.append(len({whose[int((pool == film).all(dim=1).nonzero()[0])] for film in films}))
+        return original(reference, films)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.realism.set_figures", spy)
+        compare_sets(reference, {}, pool, whose, seed=0)
+    assert drawn == [4] * 10
+
+
+def test_films_of_one_caption_are_as_alike_as_their_pairs(films: torch.Tensor) -> None:
+    same = pair_similarity(films[:4], films[:4], ["a", "a", "b", "b"], seed=0)
+    other = pair_similarity(films[:4], films[4:8], ["a", "a", "b", "b"], seed=0)
+    assert same["mean"] == pytest.approx(1) and same["pairs"] == 4
+    assert other["interval"][0] <= other["mean"] <= other["interval"][1] < 0.9
+    assert pair_similarity(films[:2], films[2:4], ["a", "a"], seed=0)["interval"] is None
+
+
+def test_thumbnails_see_copies_whatever_their_brightness(films: torch.Tensor) -> None:
+    rows = thumbnails(torch.stack([films[0], films[0] // 2 + 40, films[1], torch.zeros_like(films[0])]))
+    assert rows.shape == (4, 1024)
+    assert (rows[0] - rows[1]).norm() < 0.05 * (rows[0] - rows[2]).norm()
+    assert rows[3].tolist() == [0.0] * 1024, "a blank film has no direction"

@@ -1,0 +1,31 @@
+"""Films by sex, age, view and caption: everyone in one group, those of whom nothing is known in none."""
+
+import pytest
+
+from utils.subgroups import age_band, subgroups
+
+
+def row(text: str = "a", **columns) -> dict:
+    return {"file_name": "x.png", "text": text, **columns}
+
+
+def test_films_are_grouped_by_what_the_table_says() -> None:
+    rows = [row(sex="F", age=17, view="PA"), row(sex="M", age=18, view="PA"), row("b", age=80), row("b", sex="F")]
+    assert subgroups(rows, {"a"}) == {
+        "sex": {"F": [0, 3], "M": [1]},
+        "age": {"0 to 17": [0], "18 to 39": [1], "80 or more": [2]},
+        "caption": {"new": [2, 3], "seen in training": [0, 1]},
+    }
+
+
+def test_a_table_that_says_nothing_has_no_groups() -> None:
+    assert subgroups([row(), row()], {"a"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("age", "band"),
+    [(0, "0 to 17"), (17.9, "0 to 17"), (59, "40 to 59"), (149, "80 or more"), (414, None), (-1, None), (None, None),
+     ("45", None), (True, None)],
+)  # fmt: skip
+def test_ages_that_are_none_are_in_no_band(age: object, band: str | None) -> None:
+    assert age_band(age) == band

@@ -1,0 +1,133 @@
+"""Are generated films, as a set, like real ones? Distances beside what real films score in their place, and variety."""
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from utils.distances import frechet_distance, kernel_distance, precision_recall
+from utils.metrics import bootstrap_interval, ms_ssim
+from utils.seeding import derive_seed
+
+NEIGHBOURS = 5  # that span a ball of precision and recall
+FLOOR_DRAWS = 10  # sets of other real films
+
+
+def set_figures(reference: Tensor, films: Tensor) -> dict[str, float | None]:
+    """Return every distance of a set of films from a real set of equal size.
+
+    Args:
+        reference, films: features, [N, D] each: distances of unequal sets do not compare.
+
+    Returns:
+        `frechet` (None for as many features as films, or more, whose covariance is singular), `kernel` and its standard
+        error `kernel_error`, `precision`, `recall`, `density` and `coverage` (None for few films).
+    """
+    if len(reference) != len(films):
+        raise ValueError(f"sets of {len(reference)} and {len(films)} films; expected two of one size")
+    kernel, error = kernel_distance(reference, films)
+    neighbours = dict.fromkeys(("precision", "recall", "density", "coverage"))
+    if len(reference) > NEIGHBOURS:
+        neighbours = precision_recall(reference, films, NEIGHBOURS)
+    frechet = frechet_distance(reference, films) if len(reference) > reference.shape[1] else None
+    return {"frechet": frechet, "kernel": kernel, "kernel_error": error, **neighbours}
+
+
+def compare_sets(
+    reference: Tensor, sets: dict[str, Tensor], pool: Tensor, pool_patients: Sequence[str], seed: int
+) -> dict | None:
+    """Compare sets of films with held-out films, and with them, as the floor, other real films in their place.
+
+    All sets are brought to one size. For the floor whole patients are drawn from the pool until there are as many
+    films, ten times.
+
+    Args:
+        reference: features of the held-out films, [N, D].
+        sets: features of others by name, [N, D] each, in an order that chance gave them.
+        pool, pool_patients: features and patients of real films of yet other patients, [M, D] and [M].
+        seed: of the draws.
+
+    Returns:
+        `films` and `features`, the numbers N and D; by name what `set_figures` returns; `real`, the mean of each figure
+        over the draws, and its standard deviation as `real_sd`; `too_good`, the names of sets that lie nearer than real
+        films do, by more than three of those. None for fewer than three films.
+    """
+    size = min(map(len, (reference, pool, *sets.values())))
+    if size < 3:
+        return None
+    generator = np.random.default_rng(derive_seed(seed, "floor"))
+    patients = np.asarray(pool_patients)
+    draws = []
+    for _ in range(FLOOR_DRAWS):
+        order = generator.permutation(np.unique(patients))
+        rank = {patient: place for place, patient in enumerate(order)}
+        places = np.argsort([rank[patient] for patient in patients], kind="stable")[:size]
+        draws.append(set_figures(reference[:size], pool[np.sort(places)]))
+    real, real_sd = _mean_and_spread(draws)
+    figures = {name: set_figures(reference[:size], films[:size]) for name, films in sets.items()}
+    distance = "kernel" if real["frechet"] is None else "frechet"
+    nearest = real[distance] - 3 * real_sd[distance]
+    too_good = [name for name, of in figures.items() if of[distance] < nearest]
+    return {
+        "films": size, "features": reference.shape[1], **figures, "real": real, "real_sd": real_sd,
+        "too_good": too_good,
+    }  # fmt: skip
+
+
+def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], seed: int) -> dict | None:
+    """Compare films generated from the captions of real ones with them, where no other real films are left for a floor.
+
+    Ten times the patients are split in two. One half is the reference; the other's real films are the floor, and those
+    generated from its captions are what is asked about: all of one size, and nobody on both sides.
+
+    Args:
+        real, generated: features, [N, D] each: row by row of one caption.
+        patients: of the real films, [N].
+        seed: of the splits.
+
+    Returns:
+        `films` and `features`, the size of a half and the number D; `generated` and `real`, the mean of each of
+        `set_figures` over the splits, and their standard deviations as `generated_sd` and `real_sd`. None for halves of
+        fewer than three films.
+    """
+    generator = np.random.default_rng(derive_seed(seed, "halves"))
+    patients = np.asarray(patients)
+    names = np.unique(patients)
+    draws: dict[str, list[dict]] = {"generated": [], "real": []}
+    splits = []
+    for _ in range(FLOOR_DRAWS):
+        first = np.isin(patients, generator.permutation(names)[: len(names) // 2])
+        splits.append((np.flatnonzero(first), np.flatnonzero(~first)))
+    size = min(len(half) for split in splits for half in split)
+    if size < 3:
+        return None
+    for one, other in splits:
+        draws["real"].append(set_figures(real[one[:size]], real[other[:size]]))
+        draws["generated"].append(set_figures(real[one[:size]], generated[other[:size]]))
+    summary: dict = {"films": size, "features": real.shape[1]}
+    for kind, figures in draws.items():
+        summary |= dict(zip((kind, f"{kind}_sd"), _mean_and_spread(figures), strict=True))
+    return summary
+
+
+def _mean_and_spread(draws: Sequence[dict[str, float | None]]) -> tuple[dict, dict]:
+    """Return mean and standard deviation of each figure over draws, None where it is None in one of them."""
+    of_draws = {name: [draw[name] for draw in draws] for name in draws[0]}
+    return tuple(
+        {name: None if None in values else statistic(values) for name, values in of_draws.items()}
+        for statistic in (statistics.fmean, statistics.stdev)
+    )
+
+
+def pair_similarity(films: Tensor, others: Tensor, groups: Sequence[str], seed: int) -> dict:
+    """Return the mean MS-SSIM of pairs of films and its 95 % interval: the lower, the more they vary.
+
+    Args:
+        films, others: uint8 [P, H, W] each.
+        groups: what makes pairs alike, such as their prompt or patient, [P]: those of one are drawn together.
+        seed: of the bootstrap.
+    """
+    values = ms_ssim(films, others).tolist()
+    low, high = bootstrap_interval(values, groups, seed)
+    return {"mean": statistics.fmean(values), "interval": None if np.isnan(low) else [low, high], "pairs": len(values)}
