@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# All folds trained, evaluated and put into one table: bash launch/cross_validate.sh [flags of train_lora.py]
+#
+# Latents are encoded once. With several GPUs as many folds train at a time, each on its own. After a break run it again:
+# a fold that was cut off goes on, one that is done is left as it is. From the environment, with what they are otherwise:
+#   OUT=out  DATA=data  FOLDS="0 1 2 3 4"  CONFIG= (a file of accelerate, such as launch/a100.yaml)
+#   EVALUATE= (flags of evaluate.py, such as "--num_inference_steps 12")  PYTHON= (.venv's, else python)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-out} data=${DATA:-data} folds=(${FOLDS:-0 1 2 3 4})
+python=${PYTHON:-python}
+[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+
+# fold K FLAGS...: train it, and evaluate it unless that was done since
+fold() {
+    local run=$out/fold$1
+    $python -m accelerate.commands.launch ${CONFIG:+--config_file "$CONFIG"} train_lora.py --fold "$1" \
+        --train_data_dir "$data" --output_dir "$run" "${@:2}" || return
+    if [ ! -e "$run/evaluation/metrics.json" ] || [ "$run/pytorch_lora_weights.safetensors" -nt "$run/evaluation/metrics.json" ]; then
+        $python evaluate.py --lora "$run" ${EVALUATE:-}
+    fi
+}
+
+# Every GPU takes each next fold of its own share
+gpus=$($python -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" -gt 1 ]; then
+    mkdir -p "$out"
+    workers=()
+    for ((gpu = 0; gpu < gpus && gpu < ${#folds[@]}; gpu++)); do
+        (
+            export CUDA_VISIBLE_DEVICES=$gpu
+            for ((i = gpu; i < ${#folds[@]}; i += gpus)); do
+                echo "fold ${folds[i]} on GPU $gpu: $out/fold${folds[i]}.txt"
+                fold "${folds[i]}" "$@" >"$out/fold${folds[i]}.txt" 2>&1 || {
+                    tail -n 1 "$out/fold${folds[i]}.txt" >&2
+                    exit 1
+                }
+            done
+        ) &
+        workers+=($!)
+    done
+    status=0
+    for worker in "${workers[@]}"; do wait "$worker" || status=1; done
+    [ $status -eq 0 ] || exit $status
+else
+    for k in "${folds[@]}"; do
+        printf '\n== fold %s\n' "$k"
+        fold "$k" "$@"
+    done
+fi
+$python evaluate.py --cross_validation "$out"
