@@ -12,7 +12,7 @@ Of one fold:
     nearest.png          the generated films that are most like a training film. It shows patients, too
     findings.png         for sets with drawn findings: prompted findings as drawn, by the base, by the adapter
     noise_levels.png     what the adapter gained over the base, by noise level
-    report.html          all of it on one page
+    report.html          all of it on one page, those pictures included
 
 How well does the model predict noise (MSE by timestep)? How well does it rebuild a real film from a known amount of
 noise (SSIM, PSNR, MS-SSIM), between the mean training film and the autoencoder's own round trip? How near does a free
@@ -24,6 +24,7 @@ figures by sex, age, view, and by whether training saw the caption.
 
 import argparse
 import csv
+import html
 import io
 import itertools
 import json
@@ -47,7 +48,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from utils.audit import HIGHEST_SHARE, LEAST_FILMS, audit, suspects
+from utils.audit import audit, suspects
+from utils.card import terms_of, write_card
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
 from utils.features import BUNDLED_ENCODER, extract, load_encoder, measure_films
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
@@ -60,17 +62,19 @@ from utils.findings import (
     shown_labels,
     single_findings,
 )
-from utils.folds import draw_patients, draw_rows, patient_of, split_fold, with_folds
+from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of, split_fold, with_folds
 from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
 from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
-from utils.metrics import bootstrap_interval, ms_ssim, mse, num_scales, psnr, ssim
+from utils.metrics import bootstrap_interval, in_batches, ms_ssim, mse, num_scales, psnr, ssim
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
 from utils.realism import compare_halves, compare_sets, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
+from utils.release import in_words
 from utils.report import (
+    DEFINITIONS,
     against_table,
     contact_sheet,
     decoder_table,
@@ -80,10 +84,12 @@ from utils.report import (
     groups_table,
     halves_table,
     headline_table,
+    html_definitions,
     html_page,
     html_picture,
     html_table,
     save_png,
+    settings_table,
 )
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
@@ -134,7 +140,9 @@ DECODER_NOTE = (
 SHOWN = 6  # films in films.png
 SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
+MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
+LEAST_PATIENTS = 10  # of a group whose figures have an interval
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -206,7 +214,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     training_rows, _, held_out_rows = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
     if dataset_hash(rows) != config["data_hash"]:
         raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
-    held_out_rows = draw_rows(held_out_rows, args.max_films, args.seed)
+    held_out_rows = draw_most_patients(held_out_rows, args.max_films, args.seed)
     if settings["max_train_samples"] is not None:
         training_rows = draw_rows(training_rows, settings["max_train_samples"], settings["seed"])
 
@@ -252,9 +260,11 @@ def evaluate_fold(args: argparse.Namespace) -> None:
 
     # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
     scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size, metrics=REBUILT)
+    draw = partial(draw_films, args, pipeline, resolution)
     with eval_mode(unet, text_encoder):
         pipeline.disable_lora()
         scores = {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        of_base = draw(captions, "generating, base")
         pipeline.enable_lora()
         if decoder:
             films_before = score_model(bank, unet, text_encoder, **scored)
@@ -268,12 +278,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
 
-        # Free samples: of the held-out captions by both models, of training captions, of some captions several times
-        draw = partial(draw_films, args, pipeline, resolution)
+        # Free samples of the held-out captions, of training captions, of some captions several times
         generated = draw(captions, "generating")
-        pipeline.disable_lora()
-        of_base = draw(captions, "generating, base")
-        pipeline.enable_lora()
         num_audited = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
         known, unknown = (draw_patients(part, num_audited, args.seed) for part in (training_rows, held_out_rows))
         of_known = draw([row["text"] for row in known], "generating, captions of training films")
@@ -295,7 +301,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
 
     # Films as points: of the encoder's features, and of their pixels
     measure = partial(measure_films, load_encoder().to(device))
-    training_films = FilmDataset(data_dir, training_rows, resolution, interpolation)
+    measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
+    measured_rows += [row for row in known if row not in measured_rows]
+    training_films = FilmDataset(data_dir, measured_rows, resolution, interpolation)
     spaces = {
         name: measure(films.split(ENCODED_AT_ONCE), len(films))
         for name, films in (("held_out", bank.films), ("generated", generated), ("base", of_base), ("known", of_known))
@@ -303,11 +311,12 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     spaces["training"] = measure(DataLoader(training_films, ENCODED_AT_ONCE), len(training_films))
     features = {name: space["features"] for name, space in spaces.items()}
 
-    others = bank.films[other_patients(bank.patients, args.seed)]
-    candidates_of = {"generated": generated, "random_pair": others, "mean_film": mean.expand_as(bank.films)}
+    candidates_of = {"generated": generated, "mean_film": mean.expand_as(bank.films)}
+    if len(set(bank.patients)) > 1:
+        candidates_of["random_pair"] = bank.films[other_patients(bank.patients, args.seed)]
     for kind, candidates in candidates_of.items():
         for name, metric in METRICS.items():
-            scores[f"free/{kind}/{name}"] = metric(candidates, bank.films).double()
+            scores[f"free/{kind}/{name}"] = in_batches(metric, candidates, bank.films).double()
 
     # Figures, each with a bootstrap interval by patient
     metrics = {
@@ -330,7 +339,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         metrics["vae_decoder"] = file | summarise_decoder(scores, bank.patients, args.seed)
     if reads_findings:
         metrics["prompt_followed"] = followed
-    training_patients = [patient_of(row) for row in training_rows]
+    training_patients = [patient_of(row) for row in measured_rows]
     blurred = measure(mean[None].expand(len(bank), -1, -1).split(ENCODED_AT_ONCE), len(bank))["features"]
     sets = {"generated": features["generated"], "base": features["base"], "mean_film": blurred}
     metrics["distribution"] = {"encoder": BUNDLED_ENCODER.name} | (
@@ -338,19 +347,29 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     )
     metrics["variety"] = {"scales": num_scales(resolution)} | {
         "one_caption": pair_similarity(*pairs_of(varied, SAMPLES_A_PROMPT), args.seed),
-        "real_films": pair_similarity(bank.films, others, bank.patients, args.seed),
+        "real_films": pair_similarity(candidates_of["random_pair"], bank.films, bank.patients, args.seed)
+        if "random_pair" in candidates_of
+        else None,
+        "real_films_of_one_caption": None,
     }
+    if pairs := same_caption_pairs(captions, bank.patients, args.seed):
+        one, other = zip(*pairs, strict=True)
+        alike = pair_similarity(bank.films[list(one)], bank.films[list(other)], [captions[i] for i in one], args.seed)
+        metrics["variety"]["real_films_of_one_caption"] = alike
     # A film from the caption of one film each of as many patients of training and held out, beside those films
     of_unknown, of_trained = (
-        [[row["file_name"] for row in part].index(row["file_name"]) for row in drawn]
-        for part, drawn in ((held_out_rows, unknown), (training_rows, known))
+        [place_of[row["file_name"]] for row in drawn]
+        for drawn, place_of in (
+            (unknown, {row["file_name"]: i for i, row in enumerate(held_out_rows)}),
+            (known, {row["file_name"]: i for i, row in enumerate(measured_rows)}),
+        )
     )
     asked = {
         space: torch.cat([spaces["generated"][space][of_unknown], spaces["known"][space]]) for space in spaces["known"]
     }
     trained = {space: films[of_trained] for space, films in spaces["training"].items()}
     unseen = {space: films[of_unknown] for space, films in spaces["held_out"].items()}
-    metrics["memorisation"] = audit(asked, trained, unseen, args.seed)
+    metrics["memorisation"] = audit(asked, trained, unseen, spaces["training"], spaces["held_out"], args.seed)
     nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
     groups = subgroups(held_out_rows, {row["text"] for row in training_rows})
     metrics["by_group"] = summarise_groups(scores, groups, bank.patients, noise_levels(noise_scheduler), args.seed)
@@ -381,41 +400,54 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             [[asked_films[i].numpy(), training_films[j].numpy()] for i, j, _ in nearest],
             [f"{ratio:.2f} of the distance to the nearest held-out film" for *_, ratio in nearest],
             ["generated", "of training"],
-            "The generated films that are nearest to a training film for how far they are from others, in pixels. The "
-            "second column shows films of the set: if they are of patients, not to be shared.",
+            f"The generated films that are nearest to one of {len(training_films)} training films for how far they are from "
+            f"{len(bank)} held-out ones, in pixels. Not to be shared: the second column shows films of the set.",
         ),
     )
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
-    tables = [headline_table(metrics)]
-    parts = [html_table(*tables[0]), f"<p>{FREE_SAMPLES_NOTE}</p>", html_picture(output_dir / "noise_levels.png")]
-    if "films" in metrics["distribution"]:
-        tables.append(distribution_table(metrics))
-        parts += [html_table(*tables[-1]), f"<p>{DISTRIBUTION_NOTE}</p>"]
-        if "generated" in metrics["distribution"]["too_good"]:
-            parts.append(f"<p><b>{TOO_GOOD_NOTE}</b></p>")
-            print(TOO_GOOD_NOTE)
-    parts += [f"<p>{variety_in_words(metrics)}</p>", f"<p>{audit_in_words(metrics)}</p>"]
-    if metrics["by_group"]:
-        tables.append(groups_table(metrics))
-        parts.append(html_table(*tables[-1]))
+    tables = {"Films rebuilt, and noise predicted": headline_table(metrics)}
+    notes = {"Films rebuilt, and noise predicted": FREE_SAMPLES_NOTE}
     if decoder:
-        tables.insert(0, decoder_table(metrics))
-        parts = [html_table(*tables[0]), f"<p>{DECODER_NOTE}</p>", *parts]
+        tables = {"The adapted decoder": decoder_table(metrics)} | tables
+        notes["The adapted decoder"] = DECODER_NOTE
     if reads_findings:
         save_png(output_dir / "findings.png", findings_sheet)
-        tables.insert(0, followed_table(metrics))
-        parts = [
-            html_picture(output_dir / "findings.png"), html_table(*tables[0]), f"<p>{FOLLOWED_NOTE}</p>", *parts
-        ]  # fmt: skip
+        tables = {"Are prompts followed?": followed_table(metrics)} | tables
+        notes["Are prompts followed?"] = FOLLOWED_NOTE
+    if "films" in metrics["distribution"]:
+        tables["Generated films as a set"] = distribution_table(metrics)
+        notes["Generated films as a set"] = DISTRIBUTION_NOTE
+        if "generated" in metrics["distribution"]["too_good"]:
+            notes["Generated films as a set"] = f"{TOO_GOOD_NOTE} {DISTRIBUTION_NOTE}"
+            print(TOO_GOOD_NOTE)
+    if metrics["by_group"]:
+        tables["For whom"] = groups_table(metrics)
+    pictures = ["films", *(["findings"] if reads_findings else []), "noise_levels"]
+    parts = [html_picture(output_dir / f"{name}.png") for name in pictures]
+    for title, table in tables.items():
+        parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(notes.get(title, ''))}</p>"]
+    said = [variety_in_words(metrics), in_words(metrics["memorisation"])]
+    parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
+    parts += [
+        html_picture(output_dir / "nearest.png"),
+        "<h2>What the figures mean</h2>",
+        html_definitions(DEFINITIONS),
+    ]
+    parts += [
+        "<h2>Settings, data and terms</h2>",
+        html_table(*settings_table(metrics, terms_of(config["base"], data_dir))),
+    ]
     page = html_page(
-        f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients",
-        [*parts, html_picture(output_dir / "films.png"), html_picture(output_dir / "nearest.png")],
+        f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients", parts
     )
     write_bytes(output_dir / "report.html", page.encode())
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
-    for table in tables:
+    if args.output_dir is None and (run_dir / "README.md").is_file():
+        write_card(run_dir, data_dir)  # with what the audit found
+    for table in tables.values():
         print_table(*table)
         print()
+    print("\n".join(said))
     print(f"look at {output_dir / 'report.html'}")
 
 
@@ -501,6 +533,18 @@ def pairs_of(films: Tensor, size: int) -> tuple[Tensor, Tensor, list[str]]:
     return films[list(one)], films[list(other)], list(groups)
 
 
+def same_caption_pairs(
+    captions: Sequence[str], patients: Sequence[str], seed: int, most: int = 256
+) -> list[tuple[int, int]]:
+    """Return places of pairs of films of one caption and two patients, at most so many, drawn by seed."""
+    places: dict[str, list[int]] = {}
+    for place, caption in enumerate(captions):
+        places.setdefault(caption, []).append(place)
+    pairs = [(i, j) for of in places.values() for i, j in itertools.combinations(of, 2) if patients[i] != patients[j]]
+    order = np.random.default_rng(derive_seed(seed, "same caption")).permutation(len(pairs))[:most]
+    return [pairs[i] for i in sorted(order)]
+
+
 def read_config(run_dir: Path) -> dict:
     """Return a run's settings as `train_lora.py` recorded them."""
     config = run_dir / "config.json"
@@ -571,7 +615,10 @@ def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequen
         "noise_prediction_mse": {str(level): compared(f"mse/{level}") for level in levels},
         "free_samples": {"note": FREE_SAMPLES_NOTE}
         | {
-            name: {kind: stat(scores[f"free/{kind}/{name}"]) for kind in ("generated", "random_pair", "mean_film")}
+            name: {
+                kind: stat(scores[f"free/{kind}/{name}"]) if f"free/{kind}/{name}" in scores else None
+                for kind in ("generated", "random_pair", "mean_film")
+            }
             for name in METRICS
         },
     }
@@ -633,6 +680,8 @@ def summarise_groups(
         for value, places in by_value.items():
             whose = [patients[place] for place in places]
             figures = {name: mean_with_interval(values[places], whose, seed) for name, values in by_film.items()}
+            if len(set(whose)) < LEAST_PATIENTS:  # their spread says little of others'
+                figures = {name: of | {"interval": None} for name, of in figures.items()}
             summary[attribute][value] = {"films": len(places), "patients": len(set(whose))} | figures
     return summary
 
@@ -645,30 +694,16 @@ def gain_of(name: str, adapter, base):
 def variety_in_words(metrics: dict) -> str:
     """Return how alike films of one caption are, beside real films, as a sentence."""
     part = metrics["variety"]
-    one_caption, real = (
-        f"{of['mean']:.3f}" + (" [{:.3f}, {:.3f}]".format(*of["interval"]) if of["interval"] else "")
-        for of in (part["one_caption"], part["real_films"])
-    )
-    return (
-        f"Variety: MS-SSIM over {part['scales']} scales is {one_caption} between films of one caption "
-        f"({part['one_caption']['pairs']} pairs), {real} between real films of different patients "
-        f"({part['real_films']['pairs']} pairs). Higher means more alike."
-    )
-
-
-def audit_in_words(metrics: dict) -> str:
-    """Return what the memorisation audit found, as a sentence."""
-    part = metrics["memorisation"]
-    shares = [
-        f"{part[space]['probability']:.3f} [{part[space]['interval'][0]:.3f}, {part[space]['interval'][1]:.3f}] in {space}"
-        for space in ("features", "pixels")
-    ]
-    return (
-        f"Memorisation: {part['verdict']}. Of {part['generated']} generated films, half from captions of training "
-        f"films, the share nearer to one of {part['references']} training patients than to one of as many held-out "
-        f"ones is {shares[0]}, {shares[1]}; 0.5 means none is copied. At least {LEAST_FILMS} of each are needed for a "
-        f"verdict, and the upper ends have to stay below {HIGHEST_SHARE}."
-    )
+    kinds = {
+        "one_caption": "generated films of one caption", "real_films_of_one_caption": "real films of one caption",
+        "real_films": "real films of different patients and, mostly, captions",
+    }  # fmt: skip
+    said = []
+    for kind, name in kinds.items():
+        if part[kind] is not None:
+            between = " [{:.3f}, {:.3f}]".format(*part[kind]["interval"]) if part[kind]["interval"] else ""
+            said.append(f"{part[kind]['mean']:.3f}{between} between {name} ({part[kind]['pairs']} pairs)")
+    return f"Variety: MS-SSIM over {part['scales']} scales is {', '.join(said)}. Higher means more alike."
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -693,6 +728,9 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
     for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed"):
         if len({json.dumps(fold[name], sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
+    for path, fold in zip(evaluations, folds, strict=True):
+        if "distribution" not in fold or not path.with_name("features.safetensors").is_file():
+            raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
     if len({frozenset(row) for row in films}) > 1:
@@ -741,7 +779,11 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         compare_halves(real, generated, patients, seed) or {}
     )
     if against is not None:
-        record["against"] = compare_runs(films, [row for rows in read_folds(against)[1] for row in rows], seed)
+        other_folds, others, _ = read_folds(against)
+        for name in ("data_hash", "resolution", "num_folds"):
+            if folds[0][name] != other_folds[0][name]:
+                raise Refused(f"{out} and {against} differ in {name}; only runs on the same films compare")
+        record["against"] = compare_runs(films, [row for rows in others for row in rows], seed)
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
@@ -772,8 +814,9 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     if against is not None:
         tables.append(against_table(record["against"]))
     rest = [name for name in summary if name not in first]
-    page = [html_table(*table) for table in tables]
-    page += [html_table(heads, [line(name) for name in rest]), f"<p>free/...: {FREE_SAMPLES_NOTE}</p>"]
+    page = [html_table(*table, DEFINITIONS) for table in tables]
+    page += [html_table(heads, [line(name) for name in rest]), f"<p>free/...: {html.escape(FREE_SAMPLES_NOTE)}</p>"]
+    page += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
     write_bytes(output_dir / "report.html", html_page(title, page).encode())
     print(title)
     for table in tables:
@@ -791,8 +834,8 @@ def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> di
 
     Returns:
         `films` and `patients` in both; by figure of the adapter the mean `gain` of the first over the second, positive
-        where it is better, its 95 % `interval` by patient, and `p`, that of Wilcoxon's signed-rank test over the
-        patients' means, two-sided; None where no patient differs.
+        where it is better, and its 95 % `interval` by patient; of SSIM rebuilt from half the noise, the one figure that
+        is tested, also `p`, of Wilcoxon's signed-rank test over the patients' means, two-sided, None where none differs.
 
     Raises:
         Refused: where the second scored other films.
@@ -800,8 +843,10 @@ def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> di
     other_of = {row["file_name"]: row for row in others}
     if other_of.keys() != {row["file_name"] for row in films}:
         raise Refused(
-            "the two cross-validations held out other films; train and evaluate both on the same set and folds"
+            "the two cross-validations scored other films; train and evaluate both on the same set, folds and --max_films"
         )
+    if films[0].keys() != others[0].keys():
+        raise Refused("one of the two has an adapted decoder, the other none; evaluate both with --no_vae_decoder")
     patients = [row["patient_id"] for row in films]
     _, whose = np.unique(patients, return_inverse=True)
     record: dict = {"films": len(films), "patients": int(whose.max()) + 1, "figures": {}}
@@ -812,8 +857,9 @@ def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> di
         low, high = bootstrap_interval(gains, patients, seed)
         record["figures"][metric] = {
             "gain": statistics.fmean(gains), "interval": None if np.isnan(low) else [low, high],
-            "p": float(wilcoxon(by_patient).pvalue) if by_patient.any() else None,
         }  # fmt: skip
+        if metric == f"ssim/{HEADLINE}":
+            record["figures"][metric]["p"] = float(wilcoxon(by_patient).pvalue) if by_patient.any() else None
     return record
 
 

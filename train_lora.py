@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
 from utils.boxes import read_boxes
-from utils.card import model_card
+from utils.card import write_card
 from utils.checkpoint import (
     amend_checkpoint,
     clear_run,
@@ -58,7 +58,7 @@ from utils.decoder import adapt_decoder
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.export import save_kohya, verify_adapter
-from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_bytes, write_json
+from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_json
 from utils.folds import draw_rows, split_fold, with_folds
 from utils.hardware import (
     capture_graph,
@@ -87,10 +87,7 @@ from utils.latents import (
 )
 from utils.linear import use_frozen_products
 from utils.lora import (
-    DECODER_NAME,
-    KOHYA_NAME,
     UNET_TARGETS,
-    WEIGHTS_NAME,
     adapter_state,
     add_lora,
     parameter_groups,
@@ -111,6 +108,7 @@ from utils.pipeline import (
     with_schedule,
 )
 from utils.refusal import ArgumentParser, Refused, run
+from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, why_not_upload
 from utils.report import contact_sheet, draw_curves, save_png
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
@@ -267,7 +265,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--report_to", default="tensorboard", choices=TRACKERS, help="[tensorboard]")
     add("--logging_dir", default="logs", help="TensorBoard's folder within the run's [logs]")
     add("--export", choices=["kohya"], help="write the adapter for A1111 and ComfyUI, too")
-    add("--push_to_hub", action="store_true", help="upload adapter, card, records and samples at the end")
+    add(
+        "--push_to_hub",
+        action="store_true",
+        help="upload adapter, card, records and samples, once evaluate.py has audited it",
+    )
     add("--hub_token", help="[the one that `hf auth login` saved]")
     add("--hub_model_id", help="repository on the hub [the run folder's name]")
 
@@ -607,7 +609,7 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
     "training",
     "add --auto_batch_size (the same run in smaller micro-steps), --gradient_checkpointing, or lower --resolution",
 )
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     check_args(args)
     run_dir, data_dir = Path(args.output_dir), Path(args.train_data_dir)
 
@@ -979,11 +981,11 @@ def main(args: argparse.Namespace) -> None:
     leave.close()
 
     # The result: the best adapter is in place already; say what it is worth
+    status = 0
     if accelerator.is_main_process:
         validations = read_jsonl(validation_log)
         draw_curves(run_dir / "curves.png", read_jsonl(log), validations)
-        card = model_card(config, data_dir, validations, early_stopping.best_step)
-        write_bytes(run_dir / "README.md", card.encode())
+        write_card(run_dir, data_dir)
         seconds = time.monotonic() - started
         say(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
             f"{early_stopping.best:.4f}; {len(read_jsonl(log)) - first_step} steps in {seconds:.0f} s")  # fmt: skip
@@ -992,10 +994,15 @@ def main(args: argparse.Namespace) -> None:
             save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
             say(f"for A1111 and ComfyUI: {run_dir / KOHYA_NAME}")
         if args.push_to_hub:
-            say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
+            if reason := why_not_upload(run_dir):
+                print(f"trained, but not uploaded: {reason}", file=sys.stderr)
+                status = 1
+            else:
+                say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
     accelerator.end_training()
     if lock is not None:
         lock.close()
+    return status
 
 
 if __name__ == "__main__":

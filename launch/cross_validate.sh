@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # All folds trained, evaluated and put into one table: bash launch/cross_validate.sh [flags of train_lora.py]
 #
-# Latents are encoded once. With several GPUs as many folds train at a time, each on its own. After a break run it again:
-# a fold that was cut off goes on, one that is done is left as it is. From the environment, with what they are otherwise:
-#   OUT=out  DATA=data  FOLDS="0 1 2 3 4"  CONFIG= (a file of accelerate, such as launch/a100.yaml)
+# With several GPUs as many folds train at a time, each on its own. After a break run it again: a fold that was cut off
+# goes on, one that is done is left as it is. From the environment, with what they are otherwise:
+#   OUT=out  DATA=data  FOLDS="0 1 2 3 4" (all that there are)  CONFIG= (of accelerate, such as launch/a100.yaml)
 #   EVALUATE= (flags of evaluate.py, such as "--num_inference_steps 12")  PYTHON= (.venv's, else python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out} data=${DATA:-data} folds=(${FOLDS:-0 1 2 3 4})
+case " $* " in *" --push_to_hub"*)
+    echo "cross_validate.sh: --push_to_hub takes an evaluated adapter; upload one fold with train_lora.py afterwards" >&2
+    exit 2 ;;
+esac
 python=${PYTHON:-python}
 [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 
@@ -23,14 +27,16 @@ fold() {
 
 # Every GPU takes each next fold of its own share
 gpus=$($python -c "import torch; print(torch.cuda.device_count())")
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 if [ "$gpus" -gt 1 ]; then
     mkdir -p "$out"
     workers=()
+    trap 'kill "${workers[@]}" 2>/dev/null; exit 130' INT TERM
     for ((gpu = 0; gpu < gpus && gpu < ${#folds[@]}; gpu++)); do
         (
-            export CUDA_VISIBLE_DEVICES=$gpu
+            export CUDA_VISIBLE_DEVICES=${devices[gpu]}
             for ((i = gpu; i < ${#folds[@]}; i += gpus)); do
-                echo "fold ${folds[i]} on GPU $gpu: $out/fold${folds[i]}.txt"
+                echo "fold ${folds[i]} on GPU ${devices[gpu]}: $out/fold${folds[i]}.txt"
                 fold "${folds[i]}" "$@" >"$out/fold${folds[i]}.txt" 2>&1 || {
                     tail -n 1 "$out/fold${folds[i]}.txt" >&2
                     exit 1

@@ -15,8 +15,8 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.files import read_jsonl, write_jsonl
-from utils.lora import WEIGHTS_NAME
 from utils.refusal import Refused
+from utils.release import WEIGHTS_NAME
 
 SETTINGS = {"rank": 4, "films_a_step": 8}
 

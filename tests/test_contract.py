@@ -19,7 +19,7 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetri
 LAYERS = {
     0: {
         "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pseudonyms", "quiet", "transfer",
-        "refusal", "report", "reports", "runlog", "seeding", "subgroups",
+        "refusal", "release", "report", "reports", "runlog", "seeding", "subgroups",
     },
     1: {"audit", "boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics", "realism"},
     2: {"checkpoint", "decoder", "export", "features", "findings", "hardware", "latents", "lora", "pipeline", "tokens", "validation"},

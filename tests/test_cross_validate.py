@@ -81,11 +81,18 @@ def test_a_fold_that_fails_ends_it(checkout: Path) -> None:
     assert error.endswith("refused: that\n")
 
 
+def test_an_upload_is_refused_at_the_door(checkout: Path) -> None:
+    status, calls, error = cross_validate(checkout, "--rank", "4", "--push_to_hub")
+    assert (status, calls) == (2, [])
+    assert error.count("\n") == 1 and "evaluated adapter" in error
+
+
 def test_gpus_share_the_folds_and_one_failure_is_the_jobs(checkout: Path) -> None:
-    status, calls, _ = cross_validate(checkout, GPUS="2")
-    assert status == 0
-    of_gpu = {call.split("--fold ")[1][0]: call[0] for call in calls if "train_lora.py" in call}
-    assert of_gpu == {"0": "0", "1": "1", "2": "0", "3": "1", "4": "0"}
+    for visible, (one, other) in ({}, "01"), ({"CUDA_VISIBLE_DEVICES": "6,3"}, "63"):
+        status, calls, _ = cross_validate(checkout, GPUS="2", **visible)
+        assert status == 0
+        of_gpu = {call.split("--fold ")[1][0]: call[0] for call in calls if "train_lora.py" in call}
+        assert of_gpu == {"0": one, "1": other, "2": one, "3": other, "4": one}
     assert calls[-1].endswith("evaluate.py --cross_validation out")
     shutil.rmtree(checkout / "out")
     status, calls, error = cross_validate(checkout, GPUS="2", BROKEN="out/fold1")

@@ -23,10 +23,10 @@ from utils.decoder import (
 )
 from utils.images import to_pixel_values
 from utils.latents import FilmDataset, cache_posteriors
-from utils.lora import DECODER_NAME
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
+from utils.release import DECODER_NAME
 from utils.validation import film_bank
 
 QUICK = dict(max_train_steps=4, learning_rate=3e-3, batch_size=4, num_looks=2, checkpointing_steps=2)

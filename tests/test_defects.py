@@ -25,9 +25,10 @@ from utils.diffusion import min_snr_weights
 from utils.export import to_kohya
 from utils.images import load_film
 from utils.latents import TrainingStream, cache_posteriors
-from utils.lora import WEIGHTS_NAME, adapter_state
+from utils.lora import adapter_state
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
+from utils.release import WEIGHTS_NAME
 
 
 def adapters(run: Path, step: int, part: str = "") -> dict[str, torch.Tensor]:
@@ -227,6 +228,7 @@ def test_b14_a_run_without_samples_is_uploaded(
 ) -> None:
     uploaded = []
     monkeypatch.setattr(train_lora, "push", lambda *args: uploaded.append(args) or "me/chest")
+    monkeypatch.setattr(train_lora, "why_not_upload", lambda run_dir: None)
     train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", "--num_validation_images", "0",
           "--push_to_hub", "--hub_model_id", "chest")  # fmt: skip
     assert uploaded == [(tmp_path / "run", "chest", None)]

@@ -252,6 +252,13 @@ def test_density_and_coverage_of_equal_distributions_are_what_their_authors_say(
     assert figures["coverage"] == pytest.approx(1 - 2**-5, abs=0.02)
 
 
+def test_a_set_of_one_film_repeated_reaches_nothing() -> None:
+    """Also where there are more rows than PyTorch measures one by one unasked."""
+    real, one = features(0, 60), features(1, 1).expand(60, -1)
+    assert precision_recall(real, one, k=5)["recall"] == 0
+    assert precision_recall(one, real, k=5)["precision"] == 0
+
+
 def test_balls_of_more_neighbours_than_films_are_refused() -> None:
     with pytest.raises(Refused, match="more than 5 each"):
         precision_recall(features(0, 5), features(1, 30))

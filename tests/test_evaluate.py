@@ -15,10 +15,10 @@ from tests.training import train
 from utils.decoder import decoder_state
 from utils.files import sha256_file
 from utils.latents import cache_posteriors
-from utils.lora import DECODER_NAME
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
+from utils.release import DECODER_NAME
 from utils.validation import eval_mode, film_bank, score_model
 
 
@@ -105,15 +105,15 @@ def test_groups_have_their_own_figures_and_counts() -> None:
     groups = {"sex": {"F": [0, 1], "M": [2]}}
     of_sex = evaluate.summarise_groups(scores, groups, ["a", "b", "b"], [50, 950], seed=0)["sex"]
     assert [(of["films"], of["patients"]) for of in of_sex.values()] == [(2, 2), (1, 1)]
+    assert of_sex["F"]["ssim/adapter"]["interval"] is None, "two patients stand for none"
     assert [of["ssim/adapter"]["mean"] for of in of_sex.values()] == pytest.approx([0.15, 0.6])
     assert [of["mse/gain"]["mean"] for of in of_sex.values()] == pytest.approx([1, 1])
-    assert of_sex["M"]["mse/gain"]["interval"] is None, "of one patient"
 
 
 def test_pictures_and_report_are_there(runs: Path) -> None:
     folder = runs / "fold0" / "evaluation"
     report = (folder / "report.html").read_text()
-    assert "Memorisation: too few films to say." in report
+    assert "Memorisation audit: too few films to say." in report
     for name in ("films", "noise_levels", "nearest"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f'<img alt="{name}" src="data:image/png;base64,' in report
@@ -189,6 +189,13 @@ def test_prompts_are_asked_whether_they_are_followed_where_the_table_has_boxes(
     assert '<img alt="findings"' in report and "prompted finding and side" in report
 
 
+def test_pairs_of_one_caption_are_of_two_patients() -> None:
+    captions, patients = ["x", "x", "y", "x", "y"], ["a", "a", "b", "c", "b"]
+    assert evaluate.same_caption_pairs(captions, patients, seed=0) == [(0, 3), (1, 3)]
+    assert len(evaluate.same_caption_pairs(captions, patients, seed=0, most=1)) == 1
+    assert evaluate.same_caption_pairs(["x", "y"], ["a", "b"], seed=0) == []
+
+
 def test_random_pairs_are_of_different_patients() -> None:
     patients = ["a", "a", "b", "c", "c", "c"]
     pairs = evaluate.other_patients(patients, seed=0)
@@ -224,7 +231,7 @@ def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: P
     measure("--cross_validation", runs, "--against", runs, "--output_dir", tmp_path / "same")
     figures = json.loads((tmp_path / "same" / "summary.json").read_text())["against"]["figures"]
     assert {of["gain"] for of in figures.values()} == {0.0}
-    assert {of["p"] for of in figures.values()} == {None}
+    assert figures["ssim/0.5"]["p"] is None
     worse = Path(shutil.copytree(runs, tmp_path / "worse"))
     for path in worse.glob("fold*/evaluation/films.jsonl"):
         rows = [json.loads(line) for line in path.open()]
@@ -238,14 +245,23 @@ def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: P
     for name in ("ssim/0.5", "mse/50"):
         assert against["figures"][name]["gain"] == pytest.approx(0.01)
         assert against["figures"][name]["interval"] == pytest.approx([0.01, 0.01])
-        assert against["figures"][name]["p"] < 0.01
-    assert "p (Wilcoxon, by patient)" in (tmp_path / "better" / "report.html").read_text()
+    assert [name for name, of in against["figures"].items() if "p" in of] == ["ssim/0.5"], "one figure is tested"
+    assert against["figures"]["ssim/0.5"]["p"] < 0.01
+    assert "p (Wilcoxon, by patient;" in (tmp_path / "better" / "report.html").read_text()
     shutil.rmtree(worse / "fold1")
     shutil.copytree(worse / "fold0", worse / "fold1")
     table = worse / "fold1" / "evaluation" / "films.jsonl"
     table.write_text(table.read_text().replace("images/", "others/"))
-    with pytest.raises(Refused, match="held out other films"):
+    with pytest.raises(Refused, match="scored other films"):
         measure("--cross_validation", runs, "--against", worse)
+    figures = worse / "fold0" / "evaluation" / "metrics.json"
+    for path in worse.glob("fold*/evaluation/metrics.json"):
+        path.write_text(path.read_text().replace('"resolution": 64', '"resolution": 128'))
+    with pytest.raises(Refused, match="differ in resolution"):
+        measure("--cross_validation", runs, "--against", worse)
+    figures.with_name("features.safetensors").unlink()
+    with pytest.raises(Refused, match="fold0/evaluation is of an earlier version or not whole"):
+        measure("--cross_validation", worse)
 
 
 def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Path) -> None:

@@ -13,10 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.test_lora import outputs, trained
 from utils.export import save_kohya, to_kohya, verify_adapter
 from utils.lora import (
-    HEADER_KEY,
-    KOHYA_NAME,
     UNET_TARGETS,
-    WEIGHTS_NAME,
     adapter_state,
     add_lora,
     read_adapter,
@@ -24,6 +21,7 @@ from utils.lora import (
 )
 from utils.pipeline import cast_frozen, load_base
 from utils.refusal import Refused
+from utils.release import HEADER_KEY, KOHYA_NAME, WEIGHTS_NAME
 
 HEADER = {"base": "tiny", "fold": 2, "resolution": 64, "step": 100}
 

@@ -9,7 +9,17 @@ import pytest
 from PIL import Image
 
 from utils.films import difference_hash, thumbnail
-from utils.folds import assign_folds, find_duplicates, group_of, merge_groups, split_fold, with_folds
+from utils.folds import (
+    assign_folds,
+    draw_most_patients,
+    draw_patients,
+    find_duplicates,
+    group_of,
+    merge_groups,
+    patient_of,
+    split_fold,
+    with_folds,
+)
 from utils.refusal import Refused
 
 
@@ -242,3 +252,17 @@ def test_two_patients_outside_the_fold_are_the_least():
     assert [len(training), len(validation), len(held_out)] == [1, 1, 1]
     with pytest.raises(Refused, match="two at least"):
         split_fold(rows[:2], 0, seed=0)
+
+
+def test_one_film_a_patient_is_drawn_and_as_many_patients_as_may_be() -> None:
+    rows = [{"file_name": f"{i}.png", "patient_id": "many" if i < 8 else str(i)} for i in range(12)]
+    drawn = draw_patients(rows, 9, seed=0)
+    assert sorted(map(patient_of, drawn)) == ["10", "11", "8", "9", "many"]
+    assert draw_patients(rows, 9, seed=0) == drawn != draw_patients(rows, 9, seed=1)
+    assert [row["file_name"] for row in draw_patients(rows, 2, seed=0)] == [row["file_name"] for row in drawn[:2]]
+    seven = draw_most_patients(rows, 7, seed=0)
+    assert len(seven) == 7 and seven == sorted(seven, key=lambda row: int(row["file_name"][:-4]))
+    assert len(set(map(patient_of, seven))) == 5
+    assert draw_most_patients(rows, 50, seed=0) == rows
+    assert patient_of({"file_name": "a", "patient_id": 3, "group": "g"}) == "g"
+    assert patient_of({"file_name": "a"}) == "a"

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import generate
 from utils.decoder import decoder_state
 from utils.files import sha256_file
-from utils.lora import DECODER_NAME, WEIGHTS_NAME, adapter_state, add_lora, save_adapter
+from utils.lora import adapter_state, add_lora, save_adapter
 from utils.pipeline import load_base
 from utils.refusal import Refused
+from utils.release import DECODER_NAME, WEIGHTS_NAME
 
 PROMPTS = ("PA chest radiograph of a man.", "AP chest radiograph of a woman. Pneumonia.")
 

@@ -10,7 +10,7 @@ import train_lora
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.hardware import xformers_problem
-from utils.lora import WEIGHTS_NAME
+from utils.release import WEIGHTS_NAME
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

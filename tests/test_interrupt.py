@@ -11,7 +11,7 @@ from tests.training import flags, read, start
 from utils import interrupt
 from utils.checkpoint import checkpoint_steps
 from utils.interrupt import LeaveRequest
-from utils.lora import WEIGHTS_NAME
+from utils.release import WEIGHTS_NAME
 
 
 @pytest.fixture

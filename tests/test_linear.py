@@ -1,5 +1,7 @@
 """Products with frozen weights: PyTorch's own numbers and gradients, by oneDNN where that is quicker."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import linear
 from utils.linear import FrozenLinear, FrozenProduct, LowRankProduct, product, use_frozen_products
+from utils.lora import FusedLinear, add_lora
+from utils.pipeline import load_base
 
 LAYOUTS = {
     "vector": lambda: torch.randn(16),
@@ -111,6 +115,22 @@ def test_layers_that_do_not_learn_are_changed_and_no_others() -> None:
     assert [type(layer) for layer in model] == [FrozenLinear, nn.SiLU, nn.Linear, nn.Conv2d]
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model[:3](x), expected)
+
+
+def test_adapted_layers_keep_their_product_over_a_frozen_one(tiny_base: Path) -> None:
+    """As train_lora.py has them on a CPU."""
+    base = load_base(str(tiny_base))
+    add_lora(base.unet, 4, 4, seed=0)
+    use_frozen_products(base.unet)
+    layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    assert (type(layer), type(layer.base_layer)) == (FusedLinear, FrozenLinear)
+    x = torch.randn(2, 5, layer.in_features)
+    with Calls() as calls:
+        result = layer(x)
+    assert sum("_linear_pointwise" in name for name in calls.names) == linear.HAS_ONEDNN
+    assert any("addmm_" in name for name in calls.names)
+    assert not any("mul" in name for name in calls.names), "as peft scales the update"
+    torch.testing.assert_close(result, F.linear(x, layer.weight, layer.bias))  # B is zero at first
 
 
 def test_a_layer_that_is_told_to_learn_again_learns() -> None:

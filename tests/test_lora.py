@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.images import load_film
 from utils.lora import (
     UNET_TARGETS,
-    WEIGHTS_NAME,
     FusedLinear,
     adapter_state,
     add_lora,
@@ -29,6 +28,7 @@ from utils.lora import (
 )
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
 from utils.refusal import Refused
+from utils.release import WEIGHTS_NAME
 from utils.validation import eval_mode
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import bootstrap_interval, ms_ssim, mse, num_scales, psnr, ssim
+from utils.metrics import bootstrap_interval, in_batches, ms_ssim, mse, num_scales, psnr, ssim
 
 
 def films(seed: int, count: int = 2) -> torch.Tensor:
@@ -105,10 +105,17 @@ def reference_ms_ssim(film: np.ndarray, reference: np.ndarray, weights: list[flo
 
 def test_ms_ssim_is_wangs_definition_on_the_scales_that_fit() -> None:
     ours, others = films(0), (films(0).int() // 2 + films(1).int() // 3).to(torch.uint8)
-    assert [num_scales(side) for side in (11, 20, 21, 48, 128, 160, 161, 512)] == [1, 1, 2, 3, 4, 4, 5, 5]
+    assert [num_scales(side) for side in (11, 20, 21, 48, 96, 128, 175, 176, 512)] == [1, 1, 2, 3, 3, 4, 4, 5, 5]
     weights = [0.0448, 0.2856, 0.3001]
     weights = [weight / sum(weights) for weight in weights]
     expected = [reference_ms_ssim(a.numpy(), b.numpy(), weights) for a, b in zip(ours, others, strict=True)]
     assert ms_ssim(ours, others).tolist() == pytest.approx(expected, abs=1e-4)
     assert ms_ssim(ours, ours).tolist() == pytest.approx([1, 1])
     assert ms_ssim(ours[:1], others[:1]).shape == (1,), "one film is a batch, too"
+    assert in_batches(ms_ssim, ours, others, 1).tolist() == pytest.approx(ms_ssim(ours, others).tolist())
+
+
+@pytest.mark.parametrize("side", [11, 22, 41, 43, 64, 81, 96, 98, 128, 160, 161, 175, 192])
+def test_ms_ssim_takes_films_of_any_size(side: int) -> None:
+    blank = torch.zeros(1, side, side, dtype=torch.uint8)
+    assert ms_ssim(blank, blank).tolist() == [1.0]

@@ -60,7 +60,15 @@ def test_the_card_tells_what_a_user_must_know(tmp_path: Path) -> None:
     sources = [{"source": "nih", "license": "attribution", "terms": "cite Wang et al."}]
     (tmp_path / "dataset.json").write_text(json.dumps({"sources": sources}))
     card = model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
-    for text in ("Not for diagnosis", "400 films", "0.8000", "nih", "cite Wang et al.", "Kermany", "memorisation"):
+    for text in (
+        "Not for diagnosis",
+        "400 films",
+        "0.8000",
+        "nih",
+        "cite Wang et al.",
+        "Kermany",
+        "has not been asked",
+    ):
         assert text in card
     assert str(tmp_path) not in card
     assert card.startswith("---\nlicense: cc-by-4.0\nbase_model: assets/cxr-tiny\n")

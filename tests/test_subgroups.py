@@ -18,14 +18,18 @@ def test_films_are_grouped_by_what_the_table_says() -> None:
     }
 
 
+def test_codes_are_values_and_blanks_are_none() -> None:
+    assert subgroups([row(sex=0), row(sex=1), row(sex="")], {"a"}) == {"sex": {"0": [0], "1": [1]}}
+
+
 def test_a_table_that_says_nothing_has_no_groups() -> None:
     assert subgroups([row(), row()], {"a"}) == {}
 
 
 @pytest.mark.parametrize(
     ("age", "band"),
-    [(0, "0 to 17"), (17.9, "0 to 17"), (59, "40 to 59"), (149, "80 or more"), (414, None), (-1, None), (None, None),
-     ("45", None), (True, None)],
+    [(0, "0 to 17"), (17.9, "0 to 17"), (59, "40 to 59"), (110, "80 or more"), (414, None), (-1, None), (None, None),
+     ("45", "40 to 59"), ("unknown", None), ("", None), (True, None), (float("nan"), None)],
 )  # fmt: skip
 def test_ages_that_are_none_are_in_no_band(age: object, band: str | None) -> None:
     assert age_band(age) == band

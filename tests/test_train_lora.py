@@ -20,8 +20,9 @@ from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.export import save_kohya
 from utils.files import write_jsonl
-from utils.lora import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, adapter_state
+from utils.lora import adapter_state
 from utils.refusal import Refused
+from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 
 
 def test_only_adapters_change(watched) -> None:

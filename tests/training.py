@@ -32,13 +32,13 @@ def flags(base: Path, data: Path, run: Path, *more: str, precision: str | None =
     return [*map(str, paths), "--cache_dir", str(data.parent / "cache"), *QUICK, *precise, *more]
 
 
-def train(*args, **options) -> None:
-    """Run the script's main as a fresh process would."""
+def train(*args, **options) -> int:
+    """Run the script's main as a fresh process would, and return the status it would exit with."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
-        train_lora.main(train_lora.parse_args(flags(*args, **options)))
+        return train_lora.main(train_lora.parse_args(flags(*args, **options)))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -3,6 +3,11 @@
 import json
 from pathlib import Path
 
+from safetensors import safe_open
+
+from utils.files import read_jsonl, write_bytes
+from utils.release import HEADER_KEY, WEIGHTS_NAME, in_words, read_audit
+
 LICENSES = {
     "assets/cxr-tiny": ("cc-by-4.0", "CC BY 4.0, as the films it was trained on (Kermany et al., Cell 2018)"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (
@@ -53,8 +58,10 @@ These films chose the step, so the figures flatter; `evaluate.py` measures on th
 
 ## Limits
 
-It knows the findings, views and ages of its captions and nothing else. It may repeat films it was trained on: no
-memorisation audit has been made. SSIM says that films are rebuilt well, not that a finding is right.
+It knows the findings, views and ages of its captions and nothing else. SSIM says that films are rebuilt well, not that a
+finding is right.
+
+{audit}
 
 ## Licence
 
@@ -76,7 +83,36 @@ pipeline.vae.load_state_dict(load_file("vae_decoder.safetensors"), strict=False)
 """
 
 
-def model_card(config: dict, data_dir: Path, validations: list[dict], best_step: int) -> str:
+def write_card(run_dir: Path, data_dir: Path) -> None:
+    """Write a finished run's card from its own files: `config.json`, `validation.jsonl`, the adapter and its audit.
+
+    Args:
+        run_dir: the run's folder.
+        data_dir: whose `dataset.json` names source and terms, where there is one.
+    """
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    validations = read_jsonl(run_dir / "validation.jsonl")
+    with safe_open(run_dir / WEIGHTS_NAME, framework="np") as file:
+        best_step = json.loads(file.metadata()[HEADER_KEY])["step"]
+    card = model_card(config, data_dir, validations, best_step, read_audit(run_dir))
+    write_bytes(run_dir / "README.md", card.encode())
+
+
+def terms_of(base: str, data_dir: Path) -> list[str]:
+    """Return the licence of a base model, and that of each source of a data set with its terms in full."""
+    return [f"base model: {LICENSES.get(base, UNKNOWN)[1]}"] + [
+        f"{part['source']}: {part['license']}. {part['terms']}" for part in _sources(data_dir)
+    ]
+
+
+def _sources(data_dir: Path) -> list[dict]:
+    dataset = data_dir / "dataset.json"
+    return json.loads(dataset.read_text(encoding="utf-8")).get("sources", []) if dataset.is_file() else []
+
+
+def model_card(
+    config: dict, data_dir: Path, validations: list[dict], best_step: int, audit: dict | None = None
+) -> str:
     """Return the card as Markdown with the front matter of the Hugging Face hub, without dates or paths.
 
     Args:
@@ -84,9 +120,9 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         data_dir: whose `dataset.json` names source and terms, where there is one.
         validations: rows of `validation.jsonl`; the first is the base without LoRA.
         best_step: step of the adapter.
+        audit: from `release.read_audit`.
     """
-    dataset = data_dir / "dataset.json"
-    sources = json.loads(dataset.read_text(encoding="utf-8")).get("sources", []) if dataset.is_file() else []
+    sources = _sources(data_dir)
     license_id, license_text = LICENSES.get(config["base"], UNKNOWN)
     baseline, best = validations[0], next(row for row in validations if row["step"] == best_step)
     bounds = baseline["bounds"]
@@ -101,6 +137,7 @@ def model_card(config: dict, data_dir: Path, validations: list[dict], best_step:
         source=" and ".join(part["source"] for part in sources) or "a folder of the user's own",
         data_terms="; ".join(dict.fromkeys(part["license"] for part in sources)) or "those of the films' owner",
         data_terms_in_full=" ".join(dict.fromkeys(part["terms"] for part in sources)),
+        audit=in_words(audit),
         license_id=license_id,
         license=license_text,
         best_step=best_step,

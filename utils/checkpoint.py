@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from utils.files import sync_folder, write_bytes, write_json
-from utils.lora import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.refusal import Refused
+from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import cut_back, differences
 
 STATE_NAME = "state.json"

@@ -26,10 +26,10 @@ from utils.checkpoint import checkpoint_steps, load_checkpoint, prune_checkpoint
 from utils.files import append_jsonl, canonical_json, write_bytes
 from utils.images import to_pixel_values
 from utils.latents import FilmDataset, Posteriors, epoch_order, hash_weights
-from utils.lora import DECODER_NAME
 from utils.metadata import dataset_hash
 from utils.metrics import ssim_of_grey
 from utils.refusal import Refused
+from utils.release import DECODER_NAME
 from utils.runlog import cut_back, differences
 from utils.seeding import derive_seed
 from utils.validation import PAIRED, FilmBank, Scores, decode

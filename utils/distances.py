@@ -15,7 +15,8 @@ from torchmetrics.image.kid import poly_kernel
 
 from utils.refusal import Refused
 
-HALVINGS = 20  # neighbours kept, so that after any half of the films is left out one is nearly always among them
+NEIGHBOURS_KEPT = 20  # so that after any half of the films is left out one is nearly always among them
+EXACT = "donot_use_mm_for_euclid_dist"  # by matrix products a copy would not lie at exactly 0
 CHUNK = 1024  # rows of a matrix of distances or kernels at a time
 
 
@@ -89,16 +90,14 @@ def nearest_neighbours(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
         float64 [N] and int64 [N]; of equally near ones the first.
     """
     query, reference = _as_features(query, reference)
-    # By matrix products a copy would not lie at exactly 0
-    exact = "donot_use_mm_for_euclid_dist"
-    found = [torch.cdist(rows, reference, compute_mode=exact).min(dim=1) for rows in query.split(CHUNK)]
+    found = [torch.cdist(rows, reference, compute_mode=EXACT).min(dim=1) for rows in query.split(CHUNK)]
     return torch.cat([nearest.values for nearest in found]), torch.cat([nearest.indices for nearest in found])
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     """Return how much of one set lies within the other: precision, recall, density and coverage.
 
-    Balls about the films of a set reach to their k-th nearest neighbour in it. Precision and recall are the shares of
+    Balls about the films of a set reach to their k-th nearest neighbour in it, which lies outside. Precision and recall are the shares of
     generated films within a ball about a real one, and the reverse (Kynkaanniemi et al. 2019, arXiv:1904.06991).
     Density is the number of real balls about a generated film over k, coverage the share of real balls that hold a
     generated film (Naeem et al. 2020, arXiv:2002.09797). Between equal distributions density is near 1 and coverage
@@ -117,7 +116,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
     balls = torch.zeros(len(generated))  # about real films, that hold it
     within, covered = [], []
     for rows, radii in zip(real.split(CHUNK), of_real.split(CHUNK), strict=True):
-        distances = torch.cdist(rows, generated)  # [n, M]
+        distances = torch.cdist(rows, generated, compute_mode=EXACT)  # [n, M]
         inside = distances < radii[:, None]
         balls += inside.sum(dim=0)
         covered.append(inside.any(dim=1))
@@ -132,7 +131,12 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return the distance of each film to its k-th nearest neighbour but itself, [N]."""
-    return torch.cat([torch.cdist(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(CHUNK)])
+    return torch.cat(
+        [
+            torch.cdist(rows, features, compute_mode=EXACT).kthvalue(k + 1, dim=1).values
+            for rows in features.split(CHUNK)
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -206,11 +210,12 @@ def memorisation(
 
 
 def _sorted_neighbours(query: Tensor, reference: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return distances and places of the nearest HALVINGS of `reference` to each row, nearest first, [N, HALVINGS]."""
+    """Return distances and places of the nearest NEIGHBOURS_KEPT of `reference` to each row, nearest first, [N, NEIGHBOURS_KEPT]."""
     query, reference = _as_features(query, reference)
-    exact = "donot_use_mm_for_euclid_dist"
     found = [
-        torch.cdist(rows, reference, compute_mode=exact).topk(min(HALVINGS, len(reference)), dim=1, largest=False)
+        torch.cdist(rows, reference, compute_mode=EXACT).topk(
+            min(NEIGHBOURS_KEPT, len(reference)), dim=1, largest=False
+        )
         for rows in query.split(CHUNK)
     ]
     return torch.cat([near.values for near in found]).numpy(), torch.cat([near.indices for near in found]).numpy()
@@ -240,7 +245,7 @@ def _half_sample_error(
         for near, places in (to_train, to_held_out):
             kept = np.zeros(size, dtype=bool)
             kept[chance.permutation(size)[: (size + 1) // 2]] = True
-            first = kept[places].argmax(axis=1)  # at most one in 2^HALVINGS films has no neighbour left
+            first = kept[places].argmax(axis=1)  # at most one in 2^NEIGHBOURS_KEPT films has no neighbour left
             distances.append(near[np.arange(len(near)), first])
         drawn = chance.integers(len(distances[0]), size=len(distances[0]))
         shares.append(_share_nearer(*distances)[drawn].mean())

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from utils.files import canonical_json, write_bytes
-from utils.lora import HEADER_KEY
 from utils.pipeline import assemble, load_base
 from utils.refusal import Refused
+from utils.release import HEADER_KEY
 
 STABLE_DIFFUSIONS = {768: "v1", 1024: "v2"}  # by the width of the text that the UNet attends to
 TOLERANCE = 1e-4  # of the adapter's effect on an output, or of a tenth of the output where that is more

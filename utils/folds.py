@@ -258,6 +258,14 @@ def draw_patients(rows: Sequence[dict], most: int, seed: int) -> list[dict]:
     return list(first.values())[:most]
 
 
+def draw_most_patients(rows: list[dict], most: int, seed: int) -> list[dict]:
+    """Return `most` of the rows, of as many patients as may be, drawn by seed, in their old order."""
+    chosen = [row["file_name"] for row in draw_patients(rows, most, seed)]
+    rest = [row for row in rows if row["file_name"] not in set(chosen)]
+    chosen += [row["file_name"] for row in draw_rows(rest, most - len(chosen), seed)]
+    return [row for row in rows if row["file_name"] in set(chosen)]
+
+
 def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
     """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
     if most >= len(rows):

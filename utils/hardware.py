@@ -55,16 +55,17 @@ def use_all_cores() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep memory that is freed, up to a gigabyte, for the next tensor that needs some.
+    """Have glibc keep memory that is freed, a gigabyte at most and in blocks of up to 32 MiB, for the next tensors.
 
     What one step frees the next asks for again. Handed back to the system meanwhile, each page comes back as a fault
     and is zeroed first, a tenth of the time of small steps on a CPU. CUDA's memory PyTorch keeps by itself.
     """
-    if platform.libc_ver()[0] == "glibc":  # others have no such settings
-        trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
-        libc.mallopt(trim_threshold, 2**30)
+    if platform.libc_ver()[0] != "glibc":  # others have no such settings
+        return
+    trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(mmap_threshold, 32 * 2**20) and libc.mallopt(trim_threshold, 2**30)):
+        warnings.warn("glibc does not keep freed memory (mallopt): steps on a CPU take somewhat longer", stacklevel=2)
 
 
 def xformers_problem() -> str | None:

@@ -18,11 +18,8 @@ from transformers import CLIPTextModel
 from utils.files import canonical_json, write_bytes
 from utils.linear import FrozenLinear, LowRankProduct
 from utils.refusal import Refused
+from utils.release import HEADER_KEY, WEIGHTS_NAME
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-KOHYA_NAME = "kohya_lora_weights.safetensors"  # the same for A1111 and ComfyUI
-DECODER_NAME = "vae_decoder.safetensors"  # beside it, where the decoder is adapted, too
-HEADER_KEY = "chest_radiograph_lora"
 # Each preset adds to the one before it
 UNET_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
 UNET_TARGETS["feed_forward"] = [*UNET_TARGETS["attention"], "ff.net.0.proj", "ff.net.2"]

@@ -4,7 +4,7 @@ Every film is 8-bit grey. SSIM is that of Wang et al. 2004 (IEEE TIP 13(4), Eq. 
 1.5, 11 x 11) on [0, 1] with a data range of 1: a data range of 255 there makes two unrelated films score 0.99.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -47,14 +47,21 @@ def ssim_of_grey(images: Tensor, references: Tensor) -> Tensor:
 
 
 def num_scales(side: int) -> int:
-    """Return how many of the five scales of MS-SSIM fit films of that side: its window, at half the side each time."""
-    return max(n for n in range(1, len(SCALE_WEIGHTS) + 1) if n == 1 or side > (WINDOW - 1) * 2 ** (n - 1))
+    """Return how many of the five scales of MS-SSIM fit films of that side.
+
+    At half the side each time the window has to fit; torchmetrics also asks for side // (n - 1)^2 > 10.
+    """
+    return max(
+        n
+        for n in range(1, len(SCALE_WEIGHTS) + 1)
+        if n == 1 or (side > (WINDOW - 1) * 2 ** (n - 1) and side // (n - 1) ** 2 > WINDOW - 1)
+    )
 
 
 def ms_ssim(films: Tensor, references: Tensor) -> Tensor:
     """Return the multi-scale structural similarity of each film with its reference (Wang et al. 2003, Asilomar, Eq. 7).
 
-    Films of 160 pixels or less carry fewer than its five scales; the weights of those that fit then add up to 1, and
+    Films of less than 176 pixels carry fewer than its five scales; the weights of those that fit then add up to 1, and
     figures compare with others of the same size only. At the coarsest scale windows on mirrored edges count, as
     torchmetrics has it.
 
@@ -90,6 +97,14 @@ def _unit(films: Tensor) -> Tensor:
     if films.dtype != torch.uint8:
         raise ValueError(f"films of type {films.dtype}; expected uint8")
     return films[:, None].float() / 255
+
+
+def in_batches(
+    metric: Callable[[Tensor, Tensor], Tensor], films: Tensor, references: Tensor, batch_size: int = 16
+) -> Tensor:
+    """Return a metric of many films, a batch at a time: five copies of each are made on the way."""
+    pairs = zip(films.split(batch_size), references.split(batch_size), strict=True)
+    return torch.cat([metric(*pair) for pair in pairs])
 
 
 def bootstrap_interval(

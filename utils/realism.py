@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.distances import frechet_distance, kernel_distance, precision_recall
-from utils.metrics import bootstrap_interval, ms_ssim
+from utils.metrics import bootstrap_interval, in_batches, ms_ssim
 from utils.seeding import derive_seed
 
 NEIGHBOURS = 5  # that span a ball of precision and recall
@@ -39,36 +39,47 @@ def compare_sets(
 ) -> dict | None:
     """Compare sets of films with held-out films, and with them, as the floor, other real films in their place.
 
-    All sets are brought to one size. For the floor whole patients are drawn from the pool until there are as many
-    films, ten times.
+    All sets are brought to one size, which leaves out films by chance. For the floor whole patients are drawn from the
+    pool until there are as many films, ten times.
 
     Args:
         reference: features of the held-out films, [N, D].
-        sets: features of others by name, [N, D] each, in an order that chance gave them.
+        sets: features of others by name, [N, D] each.
         pool, pool_patients: features and patients of real films of yet other patients, [M, D] and [M].
         seed: of the draws.
 
     Returns:
         `films` and `features`, the numbers N and D; by name what `set_figures` returns; `real`, the mean of each figure
-        over the draws, and its standard deviation as `real_sd`; `too_good`, the names of sets that lie nearer than real
-        films do, by more than three of those. None for fewer than three films.
+        over the draws, and as `real_sd` the standard deviation of sets with no film in common, None from a pool of less
+        than two of them; `too_good`, the names of sets that lie nearer than real films do by more than three of those.
+        None for fewer than three films.
     """
     size = min(map(len, (reference, pool, *sets.values())))
     if size < 3:
         return None
     generator = np.random.default_rng(derive_seed(seed, "floor"))
     patients = np.asarray(pool_patients)
+    reference, *others = (
+        films[np.sort(generator.permutation(len(films))[:size])] for films in (reference, *sets.values())
+    )
+    sets = dict(zip(sets, others, strict=True))
     draws = []
     for _ in range(FLOOR_DRAWS):
         order = generator.permutation(np.unique(patients))
         rank = {patient: place for place, patient in enumerate(order)}
         places = np.argsort([rank[patient] for patient in patients], kind="stable")[:size]
-        draws.append(set_figures(reference[:size], pool[np.sort(places)]))
+        draws.append(set_figures(reference, pool[np.sort(places)]))
     real, real_sd = _mean_and_spread(draws)
-    figures = {name: set_figures(reference[:size], films[:size]) for name, films in sets.items()}
-    distance = "kernel" if real["frechet"] is None else "frechet"
-    nearest = real[distance] - 3 * real_sd[distance]
-    too_good = [name for name, of in figures.items() if of[distance] < nearest]
+    figures = {name: set_figures(reference, films) for name, films in sets.items()}
+    too_good = []
+    if len(pool) >= 2 * size:
+        overlap = (1 - size / len(pool)) ** 0.5  # draws without replacement spread that much less
+        real_sd = {name: None if sd is None else sd / overlap for name, sd in real_sd.items()}
+        distance = "kernel" if real["frechet"] is None else "frechet"
+        nearest = real[distance] - 3 * real_sd[distance]
+        too_good = [name for name, of in figures.items() if of[distance] < nearest]
+    else:
+        real_sd = dict.fromkeys(real_sd)
     return {
         "films": size, "features": reference.shape[1], **figures, "real": real, "real_sd": real_sd,
         "too_good": too_good,
@@ -76,10 +87,11 @@ def compare_sets(
 
 
 def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], seed: int) -> dict | None:
-    """Compare films generated from the captions of real ones with them, where no other real films are left for a floor.
+    """Compare out-of-fold films with the real films of all folds, of which none are left over for a floor.
 
     Ten times the patients are split in two. One half is the reference; the other's real films are the floor, and those
-    generated from its captions are what is asked about: all of one size, and nobody on both sides.
+    generated from its captions are what is asked about, all of one size. No model saw the patients whose captions it was
+    given, but it saw those of other folds, who are in the reference: this figure would flatter one that memorises.
 
     Args:
         real, generated: features, [N, D] each: row by row of one caption.
@@ -102,9 +114,10 @@ def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], see
     size = min(len(half) for split in splits for half in split)
     if size < 3:
         return None
-    for one, other in splits:
-        draws["real"].append(set_figures(real[one[:size]], real[other[:size]]))
-        draws["generated"].append(set_figures(real[one[:size]], generated[other[:size]]))
+    for split in splits:
+        one, other = (np.sort(generator.permutation(half)[:size]) for half in split)
+        draws["real"].append(set_figures(real[one], real[other]))
+        draws["generated"].append(set_figures(real[one], generated[other]))
     summary: dict = {"films": size, "features": real.shape[1]}
     for kind, figures in draws.items():
         summary |= dict(zip((kind, f"{kind}_sd"), _mean_and_spread(figures), strict=True))
@@ -128,6 +141,6 @@ def pair_similarity(films: Tensor, others: Tensor, groups: Sequence[str], seed: 
         groups: what makes pairs alike, such as their prompt or patient, [P]: those of one are drawn together.
         seed: of the bootstrap.
     """
-    values = ms_ssim(films, others).tolist()
+    values = in_batches(ms_ssim, films, others).tolist()
     low, high = bootstrap_interval(values, groups, seed)
     return {"mean": statistics.fmean(values), "interval": None if np.isnan(low) else [low, high], "pairs": len(values)}

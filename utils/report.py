@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,20 @@ from utils.files import write_bytes
 GAP = 4  # pixels between films
 LINE = 16  # height of a line of text in pixels
 TITLES = {"ssim": "SSIM", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "mse": "MSE"}
+DEFINITIONS = {
+    "rebuilt": "A held-out film is noised to that share of the schedule, with noise that depends on the film alone, and "
+    "denoised with its own caption in deterministic steps, without guidance.",
+    "SSIM": "Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels, grey levels in [0, 1]; 1 is the same film.",
+    "MS-SSIM": "The same over several scales (Wang et al. 2003), as many as fit the film.",
+    "PSNR": "Peak signal-to-noise ratio of grey levels in dB; more is nearer.",
+    "MSE": "Mean squared error: of the predicted noise or velocity at a timestep, of grey levels in [0, 1] for films.",
+    "Frechet distance": "Between Gaussians fitted to the features of both sets (Heusel et al. 2017). Few films push it up.",
+    "kernel distance": "Squared maximum mean discrepancy, cubic kernel, unbiased (Binkowski et al. 2018); 0 is equal.",
+    "precision": "Share of generated films within reach of real ones (Kynkaanniemi et al. 2019).",
+    "recall": "Share of real films within reach of generated ones.",
+    "density": "How many real films reach a generated one, over five (Naeem et al. 2020); near 1 between equal sets.",
+    "coverage": "Share of real films that reach a generated one; near 0.97 between equal sets.",
+}
 SMOOTHING = 25  # steps of the running mean in the loss curve
 
 
@@ -174,7 +188,8 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
         figures = metrics["free_samples"][name]
         rows.append([
             f"free sample against its real partner: {TITLES[name]}", show(figures["generated"], digits),
-            f"random pair {show(figures['random_pair'], digits)}", "", show(figures["mean_film"], digits), "",
+            f"random pair {show(figures['random_pair'], digits)}" if figures["random_pair"] else "", "",
+            show(figures["mean_film"], digits), "",
         ])  # fmt: skip
     heads = [
         "",
@@ -294,11 +309,11 @@ def against_table(part: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, figures in part["figures"].items():
         between = " [{:.4f}, {:.4f}]".format(*figures["interval"]) if figures["interval"] else ""
-        p = "" if figures["p"] is None else f"{figures['p']:.2g}"
+        p = f"{figures['p']:.2g}" if figures.get("p") is not None else ""
         rows.append([name, f"{figures['gain']:.4f}{between}", p])
     heads = [
         f"against {part['folder']}: {part['films']} films, {part['patients']} patients",
-        "gain, paired by film (positive: the first is better)", "p (Wilcoxon, by patient)",
+        "gain, paired by film (positive: the first is better)", "p (Wilcoxon, by patient; not of another training run)",
     ]  # fmt: skip
     return heads, rows
 
@@ -331,11 +346,58 @@ def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
-def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as HTML; every cell is text, not markup."""
-    cells = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
-    cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(cells) + "</table>"
+def settings_table(metrics: dict, terms: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what was measured, with what, and under which terms.
+
+    Args:
+        metrics: content of `metrics.json`.
+        terms: licences of base and films.
+    """
+    settings = metrics["settings"]
+    chosen = ("lora_targets", "rank", "text_encoder_rank", "lora_alpha", "learning_rate", "text_encoder_lr",
+              "films_a_step", "max_train_steps", "snr_gamma", "caption_dropout", "use_ema")  # fmt: skip
+    rows = [
+        ["base model", metrics["base"]],
+        ["adapter", f"step {metrics['adapter']['step']}, SHA-256 {metrics['adapter']['sha256']}"],
+        ["films", f"{metrics['films']} held-out of {metrics['patients']} patients, {metrics['resolution']} px"],
+        ["data", f"SHA-256 {metrics['data_hash']}"],
+        ["sampling", ", ".join(f"{name} {value}" for name, value in metrics["sampling"].items())],
+        ["arithmetic", metrics["mixed_precision"]],
+        ["seed", str(metrics["seed"])],
+        ["training", ", ".join(f"{name} {settings[name]}" for name in chosen if name in settings)],
+        ["versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())],
+        *(["terms", text] for text in terms),
+    ]
+    return ["measured", "how"], rows
+
+
+def html_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], definitions: Mapping[str, str] | None = None
+) -> str:
+    """Return a table as HTML; every cell is text, not markup.
+
+    Args:
+        heads, rows: its cells.
+        definitions: what the figure means that a row's first cell names, shown where the pointer rests on it.
+    """
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    for row in rows:
+        cells = [html.escape(cell) for cell in row]
+        named = [name for name in definitions or {} if name in row[0]]
+        meant = [definitions[name] for name in named if not any(name != other and name in other for other in named)]
+        if meant:
+            cells[0] = f'<abbr title="{html.escape(" ".join(meant))}">{cells[0]}</abbr>'
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def html_definitions(definitions: Mapping[str, str]) -> str:
+    """Return what figures mean as a list, for where no pointer rests on anything: phones and paper."""
+    return (
+        "<dl>"
+        + "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(t)}</dd>" for n, t in definitions.items())
+        + "</dl>"
+    )
 
 
 def html_picture(path: Path) -> str:
@@ -353,7 +415,7 @@ def html_page(title: str, parts: Sequence[str]) -> str:
     style = (
         "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
         "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
-        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}dt{font-weight:bold}td{overflow-wrap:anywhere}"
         "@media print{body{max-width:none}table{display:table}img,tr{break-inside:avoid}}"
     )
     body = "\n".join(parts)

@@ -2,7 +2,15 @@
 
 from collections.abc import Collection, Sequence
 
-AGE_BANDS = {"0 to 17": 18, "18 to 39": 40, "40 to 59": 60, "60 to 79": 80, "80 or more": 150}  # years, below which
+from utils.metadata import MAX_AGE
+
+AGE_BANDS = {
+    "0 to 17": 18,
+    "18 to 39": 40,
+    "40 to 59": 60,
+    "60 to 79": 80,
+    "80 or more": MAX_AGE + 1,
+}  # years, below which
 
 
 def subgroups(rows: Sequence[dict], training_captions: Collection[str]) -> dict[str, dict[str, list[int]]]:
@@ -26,13 +34,15 @@ def subgroups(rows: Sequence[dict], training_captions: Collection[str]) -> dict[
             "caption": "seen in training" if row["text"] in known else "new",
         }
         for attribute, value in values.items():
-            if value:
-                groups[attribute].setdefault(value, []).append(place)
+            if value is not None and value != "":
+                groups[attribute].setdefault(str(value), []).append(place)
     return {attribute: dict(sorted(by_value.items())) for attribute, by_value in groups.items() if len(by_value) > 1}
 
 
 def age_band(age: object) -> str | None:
     """Return "40 to 59" for 45, None for what is no age in years."""
-    if isinstance(age, bool) or not isinstance(age, int | float) or age < 0:
+    try:
+        years = float("nan" if isinstance(age, bool) else age)
+    except (TypeError, ValueError):
         return None
-    return next((band for band, end in AGE_BANDS.items() if age < end), None)
+    return next((band for band, end in AGE_BANDS.items() if 0 <= years < end), None)

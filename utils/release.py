@@ -1,0 +1,76 @@
+"""May an adapter leave the house? What its memorisation audit says, on its card and before an upload. No torch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.files import sha256_file
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "kohya_lora_weights.safetensors"  # the same for A1111 and ComfyUI
+DECODER_NAME = "vae_decoder.safetensors"  # beside it, where the decoder is adapted, too
+HEADER_KEY = "chest_radiograph_lora"  # of what its header says of the run
+EVALUATION = Path("evaluation") / "metrics.json"
+LEAST_FILMS = 500  # generated, and real of training and held-out patients, one each, that it takes to pass
+HIGHEST_SHARE = 0.6  # that the upper end of an interval may reach to pass
+SHOWN_SHARE = 0.55  # a lower end beyond it is memorisation
+FEWEST = 20  # real films of either side, below which not even that is said: one odd film may be nearest to all others
+TOO_FEW, PASSED, FAILED, UNDECIDED = "too few films to say", "passed", "it memorises", "memorisation is not ruled out"
+NOT_TO_UPLOAD = (FAILED, UNDECIDED)
+
+
+def verdict(num_references: int, num_generated: int, intervals: Sequence[tuple[float, float]]) -> str:
+    """Return what an audit of so many films says, of the intervals of the share nearer to training in every space."""
+    lows, highs = zip(*intervals, strict=True)
+    if max(lows) > SHOWN_SHARE and num_references >= FEWEST:
+        return FAILED
+    if min(num_references, num_generated) < LEAST_FILMS:
+        return TOO_FEW
+    return PASSED if max(highs) <= HIGHEST_SHARE else UNDECIDED
+
+
+def read_audit(run_dir: Path) -> dict | None:
+    """Return the memorisation audit that evaluate.py made of what lies in a run's folder.
+
+    Returns:
+        As in `metrics.json`; None where there is none, or where it is of another adapter, another decoder, or damaged.
+    """
+    evaluation = run_dir / EVALUATION
+    try:
+        metrics = json.loads(evaluation.read_text(encoding="utf-8"))
+        audited = metrics["adapter"]["sha256"], metrics.get("vae_decoder", {}).get("sha256")
+        there = [run_dir / name for name in (WEIGHTS_NAME, DECODER_NAME)]
+        is_current = audited == tuple(sha256_file(path) if path.is_file() else None for path in there)
+        return metrics["memorisation"] if is_current else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def why_not_upload(run_dir: Path) -> str | None:
+    """Return why a run's adapter is not to be uploaded, as a sentence, None where it may be."""
+    audit = read_audit(run_dir)
+    if audit is None:
+        return (
+            f"nobody has asked yet whether it repeats its training films; python evaluate.py --lora {run_dir}, then the "
+            "same command again"
+        )
+    return in_words(audit) if audit["verdict"] in NOT_TO_UPLOAD else None
+
+
+def in_words(audit: dict | None) -> str:
+    """Return what an audit found, as sentences."""
+    if audit is None:
+        return "Whether it repeats films that it was trained on has not been asked (evaluate.py asks)."
+    spaces = {space: audit[space] for space in ("features", "pixels")}
+    shares = " and ".join(
+        "{:.3f} [{:.3f}, {:.3f}] in {}".format(of["probability"], *of["interval"], space)
+        for space, of in spaces.items()
+    )
+    copies = " and ".join(f"{of['near_copies']:.1%} in {space}" for space, of in spaces.items())
+    return (
+        f"Memorisation audit: {audit['verdict']}. Of {audit['generated']} generated films, half of them from the captions of "
+        f"{audit['references']} training patients, half from those of as many held-out ones, the share nearer to the former "
+        f"is {shares}; 0.5 is expected where none is copied. Nearer to one of {audit['training_films']} training films than "
+        f"99 % of held-out films are: {copies}. To pass takes {LEAST_FILMS} patients each and upper ends up to {HIGHEST_SHARE}; "
+        f"a lower end beyond {SHOWN_SHARE} is memorisation."
+    )
