@@ -261,7 +261,7 @@ Guidance makes samples typical of their prompt: they are read more surely than f
 
 The audit asks {audit_films} training films and {audit_films} held-out ones, one a patient ({floor_films_asked} of each for the
 floor, asked about {floor_films_generated} films of yet other patients): the nearest of more films, or of more patients, would be nearer
-without any memory. Its intervals hold the real films fixed.
+without any memory. Its intervals are over generated films and over real ones.
 
 | round trip of the autoencoder, {round_films} adult films that it never saw | this model | mean film (floor) |
 |---|---|---|

@@ -40,8 +40,8 @@ radiograph of a child. Right pneumothorax."</code></li>
 <code>data/</code> as they did here on <code>out/quickstart/data/</code>. The README tells what each takes and writes.</li>
 <li><b>A GPU</b>: with CUDA the base is Stable Diffusion 1.5 at 512 px, from the hub:
 <code>.venv/bin/accelerate launch --config_file launch/l4.yaml train_lora.py --fold 0</code>.</li>
-<li><b>All five folds</b>: <code>train_lora.py --fold <i>k</i></code> and <code>evaluate.py --lora out/fold<i>k</i></code> for each,
-then <code>evaluate.py --cross_validation out</code>: every patient scored by a model that never saw him or her.</li>
+<li><b>All five folds</b>: <code>bash launch/cross_validate.sh</code> trains and evaluates each and puts them into one table: every
+patient scored by a model that never saw him or her.</li>
 </ul>"""
 
 STYLE = "<style>.pair{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;flex:1 1 26em}</style>"
