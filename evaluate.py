@@ -496,12 +496,13 @@ def follow_prompts(
         rates[model] = follow_rates(extract(encoder, generated[model]), prompts, thresholds)
 
     labels = [prompt.label for prompt in prompts]
+    each = min(3, *(labels.count(label) for label in set(labels)))  # films of each model in a row
     sheet = []
     for label in sorted(set(labels)):
-        first = [i for i, other in enumerate(labels) if other == label][:3]
+        first = [i for i, other in enumerate(labels) if other == label][:each]
         columns = [films[prompts[first[0]].row], *generated["base"][first], *generated["adapter"][first]]
         sheet.append([film.numpy() for film in columns])
-    heads = ["of the set", *("base", "", ""), *("adapter", "", "")]
+    heads = ["of the set", *(model if i == 0 else "" for model in ("base", "adapter") for i in range(each))]
     note = f"Prompts name the row's finding, seeds {args.seed} on; base and adapter start from the same noise. Not for diagnosis."
     return {"thresholds": thresholds, **rates}, contact_sheet(sheet, sorted(set(labels)), heads, note)
 
