@@ -90,6 +90,7 @@ from utils.report import (
     html_table,
     save_png,
     settings_table,
+    with_interval,
 )
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
@@ -302,7 +303,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     # Films as points: of the encoder's features, and of their pixels
     measure = partial(measure_films, load_encoder().to(device))
     measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
-    measured_rows += [row for row in known if row not in measured_rows]
+    measured_names = {row["file_name"] for row in measured_rows}
+    measured_rows = measured_rows + [row for row in known if row["file_name"] not in measured_names]
     training_films = FilmDataset(data_dir, measured_rows, resolution, interpolation)
     spaces = {
         name: measure(films.split(ENCODED_AT_ONCE), len(films))
@@ -702,8 +704,7 @@ def variety_in_words(metrics: dict) -> str:
     said = []
     for kind, name in kinds.items():
         if part[kind] is not None:
-            between = " [{:.3f}, {:.3f}]".format(*part[kind]["interval"]) if part[kind]["interval"] else ""
-            said.append(f"{part[kind]['mean']:.3f}{between} between {name} ({part[kind]['pairs']} pairs)")
+            said.append(f"{with_interval(part[kind], 3)} between {name} ({part[kind]['pairs']} pairs)")
     return f"Variety: MS-SSIM over {part['scales']} scales is {', '.join(said)}. Higher means more alike."
 
 

@@ -140,6 +140,9 @@ def pair_similarity(films: Tensor, others: Tensor, groups: Sequence[str], seed: 
         films, others: uint8 [P, H, W] each.
         groups: what makes pairs alike, such as their prompt or patient, [P]: those of one are drawn together.
         seed: of the bootstrap.
+
+    Returns:
+        `mean`, in [0, 1], its `interval`, None for a single group, and the number of `pairs`.
     """
     values = in_batches(ms_ssim, films, others).tolist()
     low, high = bootstrap_interval(values, groups, seed)

@@ -20,7 +20,13 @@ NOT_TO_UPLOAD = (FAILED, UNDECIDED)
 
 
 def verdict(num_references: int, num_generated: int, intervals: Sequence[tuple[float, float]]) -> str:
-    """Return what an audit of so many films says, of the intervals of the share nearer to training in every space."""
+    """Return what an audit says: TOO_FEW, PASSED, FAILED or UNDECIDED.
+
+    Args:
+        num_references: real films of either side, one a patient.
+        num_generated: films asked about.
+        intervals: of the share nearer to training, in every space, each (low, high) in [0, 1].
+    """
     lows, highs = zip(*intervals, strict=True)
     if max(lows) > SHOWN_SHARE and num_references >= FEWEST:
         return FAILED

@@ -164,15 +164,16 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def with_interval(stat: dict | None, digits: int) -> str:
+    """Return "0.76 [0.75, 0.77]" for a `mean` and its `interval`, the mean alone where that is None, "" for None."""
+    if stat is None:
+        return ""
+    between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat.get("interval") else ""
+    return f"{stat['mean']:.{digits}f}{between}"
+
+
 def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of what a reader wants first."""
-
-    def show(stat: dict | None, digits: int) -> str:
-        if stat is None:
-            return ""
-        interval = stat.get("interval")
-        between = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
-        return f"{stat['mean']:.{digits}f}{between}"
 
     rows = []
     for strength, by_metric in metrics["rebuilt"].items():
@@ -180,16 +181,16 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             figures, bounds = by_metric[name], metrics["bounds"][name]
             title = f"rebuilt from {strength}: {TITLES[name]}"
             parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
-            rows.append([title, *(show(part, digits) for part in parts)])
+            rows.append([title, *(with_interval(part, digits) for part in parts)])
     for level, figures in metrics["noise_prediction_mse"].items():
         parts = figures["adapter"], figures["base"], figures["gain"]
-        rows.append([f"prediction at t = {level}: MSE", *(show(part, 4) for part in parts), "", ""])
+        rows.append([f"prediction at t = {level}: MSE", *(with_interval(part, 4) for part in parts), "", ""])
     for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4), ("mse", 4)):
         figures = metrics["free_samples"][name]
         rows.append([
-            f"free sample against its real partner: {TITLES[name]}", show(figures["generated"], digits),
-            f"random pair {show(figures['random_pair'], digits)}" if figures["random_pair"] else "", "",
-            show(figures["mean_film"], digits), "",
+            f"free sample against its real partner: {TITLES[name]}", with_interval(figures["generated"], digits),
+            f"random pair {with_interval(figures['random_pair'], digits)}" if figures["random_pair"] else "", "",
+            with_interval(figures["mean_film"], digits), "",
         ])  # fmt: skip
     heads = [
         "",
@@ -205,10 +206,6 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
 def decoder_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of what an adapted decoder did to the adapter's films; `metrics` as in `metrics.json`."""
 
-    def show(stat: dict, digits: int) -> str:
-        between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat["interval"] else ""
-        return f"{stat['mean']:.{digits}f}{between}"
-
     part = metrics["vae_decoder"]
     parts = {"round trip": part["ceiling"]}
     parts |= {f"rebuilt from {strength}": figures for strength, figures in part["rebuilt"].items()}
@@ -219,7 +216,7 @@ def decoder_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             shares = [
                 f"{figures[key]:.3f}" if key in figures else "" for key in ("own_normalised", "adapted_normalised")
             ]
-            cells = [show(figures[key], digits) for key in ("own", "adapted", "gain")]
+            cells = [with_interval(figures[key], digits) for key in ("own", "adapted", "gain")]
             rows.append([f"{title}: {TITLES[name]}", *cells, *shares])
     heads = [
         "adapter with", "the base's decoder", "the adapted decoder", "gain, paired by film", "normalised, base's decoder",
@@ -327,14 +324,10 @@ def distance_titles(films: int) -> dict[str, str]:
 def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the main figures by group of films; `metrics` as in `metrics.json`."""
 
-    def show(stat: dict, digits: int = 4) -> str:
-        between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat["interval"] else ""
-        return f"{stat['mean']:.{digits}f}{between}"
-
     rows = [
         [
             f"{attribute}: {value}", str(figures["films"]), str(figures["patients"]),
-            *(show(figures[name]) for name in ("ssim/adapter", "ssim/gain", "mse/adapter", "mse/gain")),
+            *(with_interval(figures[name], 4) for name in ("ssim/adapter", "ssim/gain", "mse/adapter", "mse/gain")),
         ]
         for attribute, by_value in metrics["by_group"].items()
         for value, figures in by_value.items()
