@@ -445,3 +445,25 @@ def test_adapted_layers_are_copied_switched_and_compiled_whole(tiny_base: Path) 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(computed(compiled, x), expected)
     torch.testing.assert_close(computed(compiled, x, "bf16"), computed(layer, x, "bf16"), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_adapters_in_a_compiled_block_get_their_gradients(tiny_base: Path, precision: str) -> None:
+    """PyTorch 2.11 compiled an autograd function of ours without them, and training went on without a word."""
+    torch.manual_seed(0)
+    unet = trained(tiny_base).unet
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    inputs = [torch.randn(2, 64, block.norm1.normalized_shape[0]), torch.randn(2, 7, unet.config.cross_attention_dim)]
+    gradients = []
+    for compiled in (False, True):
+        unet.zero_grad()
+        if compiled:
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = block(inputs[0], encoder_hidden_states=inputs[1])
+        output.float().square().sum().backward()
+        gradients.append({name: p.grad for name, p in block.named_parameters() if p.requires_grad})
+    eager, compiled = gradients
+    assert len(eager) == 16
+    for name, gradient in eager.items():
+        assert (compiled[name] - gradient).norm() <= (0.02 if precision == "bf16" else 1e-4) * gradient.norm(), name

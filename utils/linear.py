@@ -21,8 +21,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [out_features, in_features] of x's type, in any order of its elements.
         bias: [out_features] or None.
     """
-    by_onednn = HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-    if by_onednn and x.numel() and not torch.compiler.is_compiling():  # compilers have products of their own
+    if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # as compiled models call it
     return F.linear(x, weight, bias)
 
@@ -72,11 +71,24 @@ class LowRankProduct(Function):
         return of_x, None, None, of_a.to(a.dtype), of_b.to(b.dtype), None
 
 
+def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return what `LowRankProduct` computes, and with its gradients, also where it is compiled.
+
+    There by operations that autograd knows: PyTorch 2.11 compiles the function without the gradients of A and B and
+    says nothing, and what is compiled is fused anyway.
+    """
+    if torch.compiler.is_compiling():
+        down = x @ a.to(x.dtype).t()
+        return torch.addmm(F.linear(x, weight, bias), down, b.to(x.dtype).t(), alpha=scaling)
+    return LowRankProduct.apply(x, weight, bias, a, b, scaling)
+
+
 class FrozenLinear(nn.Linear):
     """A linear layer that does not learn."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):  # which casts arguments
+        by_pytorch = self.weight.requires_grad or torch.compiler.is_compiling()
+        if by_pytorch or torch.is_autocast_enabled(x.device.type):  # which casts arguments
             return super().forward(x)
         return FrozenProduct.apply(x, self.weight, self.bias)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from utils.files import canonical_json, write_bytes
-from utils.linear import FrozenLinear, LowRankProduct
+from utils.linear import FrozenLinear, low_rank_product
 from utils.refusal import Refused
 from utils.release import HEADER_KEY, WEIGHTS_NAME
 
@@ -30,7 +30,7 @@ TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class FusedLinear(Linear):
-    """peft's linear layer with adapters, W x + s B (A x), computed as one product, `linear.LowRankProduct`.
+    """peft's linear layer with adapters, W x + s B (A x), computed as one product, `linear.low_rank_product`.
 
     peft passes over the output once each to multiply by B, by s, and to add, and where autocast computes in bf16 it
     first casts x to the adapters' fp32. What is not one plain adapter is left to peft.
@@ -60,7 +60,7 @@ class FusedLinear(Linear):
         weight, bias = self.base_layer.weight.to(dtype), self.base_layer.bias
         bias = None if bias is None else bias.to(dtype)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        output = LowRankProduct.apply(rows, weight, bias, a, b, self.scaling[name])
+        output = low_rank_product(rows, weight, bias, a, b, self.scaling[name])
         return output.unflatten(0, x.shape[:-1])
 
 
