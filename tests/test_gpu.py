@@ -48,7 +48,8 @@ def test_a_replayed_step_adds_gradients_up_and_stops_the_text_encoder(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, precision: str
 ) -> None:
     more = ("--max_train_steps", "8", "--gradient_accumulation_steps", "2", "--train_text_encoder_frac", "0.5",
-            "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4", "--validation_steps", "3")  # fmt: skip
+            "--use_ema", "--noise_offset", "0.1", "--checkpointing_steps", "4", "--validation_steps", "3",
+            "--checkpoints_total_limit", "0")  # fmt: skip
     ends = []
     for name, flag in (("launched", ()), ("replayed", ("--cuda_graph",))):
         train(tiny_base, tiny_data, tmp_path / name, *more, *flag, precision=precision)
