@@ -59,7 +59,7 @@ from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.export import save_kohya, verify_adapter
 from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_json
-from utils.folds import draw_rows, split_fold, with_folds
+from utils.folds import draw_rows, shuffle_captions, split_fold, with_folds
 from utils.hardware import (
     capture_graph,
     choose_adamw,
@@ -202,6 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--input_perturbation", type=float, default=0.0, help="standard deviation of noise beside the target's [0]")
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
     add("--sentence_dropout", type=float, default=0.0, help="share of sentences, but the first, left out [0]")
+    add("--shuffle_captions", action="store_true", help="a control: train every film with another film's caption")
 
     add = parser.add_argument_group("decoder").add_argument
     add("--adapt_decoder_steps", type=int, default=0, help="steps of 8 films that the decoder learns from first [0]")
@@ -621,6 +622,8 @@ def main(args: argparse.Namespace) -> int:
     if args.max_train_samples is not None:
         training_rows = draw_rows(training_rows, args.max_train_samples, args.seed)
         rows = training_rows + validation_rows
+    if args.shuffle_captions:
+        training_rows = shuffle_captions(training_rows, args.seed)
 
     # Devices and precision
     accelerator = Accelerator(

@@ -266,6 +266,12 @@ def draw_most_patients(rows: list[dict], most: int, seed: int) -> list[dict]:
     return [row for row in rows if row["file_name"] in set(chosen)]
 
 
+def shuffle_captions(rows: Sequence[dict], seed: int) -> list[dict]:
+    """Return the rows with their captions, column `text`, dealt out anew: what a model learns from them is not the text."""
+    order = np.random.default_rng(derive_seed(seed, "captions")).permutation(len(rows))
+    return [{**row, "text": rows[i]["text"]} for row, i in zip(rows, order, strict=True)]
+
+
 def draw_rows(rows: list[dict], most: int, seed: int) -> list[dict]:
     """Return `most` of the rows, drawn by seed, in their old order; all of them where there are no more."""
     if most >= len(rows):
