@@ -7,6 +7,7 @@ Of one fold:
 
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
+    readings.jsonl       by film what its caption asserts, and how strongly that is read in generated and real films
     features.safetensors the same films as points, for pooling
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
     nearest.png          the generated films that are most like a training film. It shows patients, too
@@ -32,6 +33,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +50,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from utils.audit import audit, suspects
+from utils.alignment import SIDE, Readers, agreement, agreement_gain, assertions, compare_pairs, counterparts
+from utils.audit import audit, caption_pull, compare_pulls, suspects
 from utils.card import terms_of, write_card
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
-from utils.features import BUNDLED_ENCODER, extract, load_encoder, measure_films
+from utils.encoders import SPACES, FilmSpace, measure_films
+from utils.features import BUNDLED_ENCODER, extract, load_encoder
 from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
 from utils.findings import (
     calibrate,
@@ -76,6 +80,7 @@ from utils.release import in_words
 from utils.report import (
     DEFINITIONS,
     against_table,
+    alignment_table,
     contact_sheet,
     decoder_table,
     distribution_table,
@@ -88,8 +93,11 @@ from utils.report import (
     html_page,
     html_picture,
     html_table,
+    pairs_table,
     save_png,
     settings_table,
+    use_over_folds_table,
+    use_table,
     with_interval,
 )
 from utils.runlog import package_versions
@@ -138,11 +146,28 @@ DECODER_NOTE = (
     "own; so the gains are of both. Films that are read for findings are decoded with it, the base's too. Normalised: from "
     "the mean training film (0) to the round trip of the same decoder (1)."
 )
+ALIGNMENT_NOTE = (
+    "Area under the ROC curve (0.5: chance) of logistic regressions that were fitted on the training patients' films and read "
+    "what captions of held-out films assert: in films generated from them, in the real films (the ceiling: no film need show "
+    "more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). 95 % intervals "
+    "by patient. Findings are the table's; man, AP, left and age are the caption's own words."
+)
+PAIRS_NOTE = (
+    "Two captions of held-out films, as alike in view, sex and age as there are, one with findings and one without, drawn from "
+    "the same noise: how often the finding is read more strongly where it was asked for (chance 0.5), and how often between "
+    "the two real films."
+)
+USE_NOTE = (
+    "AUROC on held-out real films of classifiers that were fitted on so many real films of training patients, on as many "
+    "generated from their captions, on both, and on all real training films. Regularisation is the same for all, chosen by "
+    "cross-validation within the training patients' real films."
+)
 SHOWN = 6  # films in films.png
 SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
 MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
+MOST_PAIRS = 64  # of captions with and without findings
 LEAST_PATIENTS = 10  # of a group whose figures have an interval
 
 
@@ -159,6 +184,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=216,
         help="films of each model read for the finding they were prompted with; 0: none [216]",
     )
+    add("--features", choices=list(SPACES), default=BUNDLED_ENCODER.name,
+        help="space that sets of films are compared in; xrv and inception need requirements-eval.txt [cxr-features]")  # fmt: skip
     add("--no_vae_decoder", action="store_true", help="decode with the base's own decoder, not the run's adapted one")
     add("--max_films", type=int, default=512, help="measure at most so many held-out films, drawn by --seed [512]")
     add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
@@ -222,6 +249,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     device = accelerator.device
+    space = SPACES[args.features](device)
     cache_dir = args.cache_dir or config["cache_dir"]
     base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
     if device.type == "cpu":
@@ -279,7 +307,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
 
-        # Free samples of the held-out captions, of training captions, of some captions several times
+        # Free samples of the held-out captions, with findings left out, of training captions, of some several times
         generated = draw(captions, "generating")
         num_audited = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
         known, unknown = (draw_patients(part, num_audited, args.seed) for part in (training_rows, held_out_rows))
@@ -289,6 +317,15 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         varied = draw(
             [caption for caption in repeated for _ in seeds], "generating, one caption several times", seeds * len(repeated)
         )  # fmt: skip
+        pairs = counterparts(held_out_rows, MOST_PAIRS, args.seed)
+        without_findings = draw(
+            [captions[j] for _, j in pairs], "generating, findings left out", [args.seed + i for i, _ in pairs]
+        )
+        pull = partial(
+            caption_pull, unet, text_encoder, empty_ids=tokenize(base.tokenizer, [""]), latent_shape=bank.latents.shape[1:],
+            timestep=noise_scheduler.config.num_train_timesteps - 1, batch_size=args.batch_size, device=device,
+        )  # fmt: skip
+        pulls = [pull(input_ids=tokenize(base.tokenizer, [row["text"] for row in part])) for part in (known, unknown)]
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -300,25 +337,16 @@ def evaluate_fold(args: argparse.Namespace) -> None:
                 args, pipeline, rows, fitted, config["fold"], all_films, round_trip
             )
 
-    # Films as points: of the encoder's features, and of their pixels
-    measure = partial(measure_films, load_encoder().to(device))
     measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
     measured_names = {row["file_name"] for row in measured_rows}
     measured_rows = measured_rows + [row for row in known if row["file_name"] not in measured_names]
-    training_films = FilmDataset(data_dir, measured_rows, resolution, interpolation)
-    spaces = {
-        name: measure(films.split(ENCODED_AT_ONCE), len(films))
-        for name, films in (("held_out", bank.films), ("generated", generated), ("base", of_base), ("known", of_known))
-    }
-    spaces["training"] = measure(DataLoader(training_films, ENCODED_AT_ONCE), len(training_films))
-    features = {name: space["features"] for name, space in spaces.items()}
-
-    candidates_of = {"generated": generated, "mean_film": mean.expand_as(bank.films)}
-    if len(set(bank.patients)) > 1:
-        candidates_of["random_pair"] = bank.films[other_patients(bank.patients, args.seed)]
-    for kind, candidates in candidates_of.items():
-        for name, metric in METRICS.items():
-            scores[f"free/{kind}/{name}"] = in_batches(metric, candidates, bank.films).double()
+    drawn = Drawn(
+        held_out_rows, measured_rows, known, unknown, {row["text"] for row in training_rows}, bank,
+        FilmDataset(data_dir, measured_rows, resolution, interpolation), mean, generated, of_base, of_known, varied,
+        without_findings, pairs,
+    )  # fmt: skip
+    scores |= score_free_samples(drawn, args.seed)
+    levels = noise_levels(noise_scheduler)
 
     # Figures, each with a bootstrap interval by patient
     metrics = {
@@ -331,53 +359,26 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "data_hash": config["data_hash"],
         "sampling": {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale},
         "mixed_precision": accelerator.mixed_precision,
+        "features": space.name,
         "num_folds": config["num_folds"],
         "resolution": resolution,
         "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
         "versions": package_versions(),
-    } | summarise(scores, bank.patients, noise_levels(noise_scheduler), args.seed)
+    } | summarise(scores, bank.patients, levels, args.seed)
     if decoder:
         file = {"sha256": sha256_file(decoder_file), "step": decoder_header.get("step")}
         metrics["vae_decoder"] = file | summarise_decoder(scores, bank.patients, args.seed)
     if reads_findings:
         metrics["prompt_followed"] = followed
-    training_patients = [patient_of(row) for row in measured_rows]
-    blurred = measure(mean[None].expand(len(bank), -1, -1).split(ENCODED_AT_ONCE), len(bank))["features"]
-    sets = {"generated": features["generated"], "base": features["base"], "mean_film": blurred}
-    metrics["distribution"] = {"encoder": BUNDLED_ENCODER.name} | (
-        compare_sets(features["held_out"], sets, features["training"], training_patients, args.seed) or {}
-    )
-    metrics["variety"] = {"scales": num_scales(resolution)} | {
-        "one_caption": pair_similarity(*pairs_of(varied, SAMPLES_A_PROMPT), args.seed),
-        "real_films": pair_similarity(candidates_of["random_pair"], bank.films, bank.patients, args.seed)
-        if "random_pair" in candidates_of
-        else None,
-        "real_films_of_one_caption": None,
-    }
-    if pairs := same_caption_pairs(captions, bank.patients, args.seed):
-        one, other = zip(*pairs, strict=True)
-        alike = pair_similarity(bank.films[list(one)], bank.films[list(other)], [captions[i] for i in one], args.seed)
-        metrics["variety"]["real_films_of_one_caption"] = alike
-    # A film from the caption of one film each of as many patients of training and held out, beside those films
-    of_unknown, of_trained = (
-        [place_of[row["file_name"]] for row in drawn]
-        for drawn, place_of in (
-            (unknown, {row["file_name"]: i for i, row in enumerate(held_out_rows)}),
-            (known, {row["file_name"]: i for i, row in enumerate(measured_rows)}),
-        )
-    )
-    asked = {
-        space: torch.cat([spaces["generated"][space][of_unknown], spaces["known"][space]]) for space in spaces["known"]
-    }
-    trained = {space: films[of_trained] for space, films in spaces["training"].items()}
-    unseen = {space: films[of_unknown] for space, films in spaces["held_out"].items()}
-    metrics["memorisation"] = audit(asked, trained, unseen, spaces["training"], spaces["held_out"], args.seed)
-    nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
-    groups = subgroups(held_out_rows, {row["text"] for row in training_rows})
-    metrics["by_group"] = summarise_groups(scores, groups, bank.patients, noise_levels(noise_scheduler), args.seed)
-    write_bytes(
-        output_dir / "features.safetensors", save({name: features[name] for name in ("held_out", "generated")})
-    )
+    of_sets, features, readings, nearest = summarise_sets(drawn, space, resolution, args.seed)
+    metrics |= of_sets
+    metrics["memorisation"]["captions"], strongest = compare_pulls(*pulls, args.seed, SHOWN_SUSPECTS)
+    groups = subgroups(held_out_rows, drawn.training_captions)
+    metrics["by_group"] = summarise_groups(scores, groups, bank.patients, levels, args.seed)
+
+    # Files, for statistics and for people
+    write_bytes(output_dir / "features.safetensors", save(features))
+    write_jsonl(output_dir / "readings.jsonl", readings)
     write_jsonl(
         output_dir / "films.jsonl",
         (
@@ -386,71 +387,242 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             for i, (row, patient) in enumerate(zip(held_out_rows, bank.patients, strict=True))
         ),
     )
+    draw_pictures(output_dir, drawn, rebuilt, nearest)
+    if reads_findings:
+        save_png(output_dir / "findings.png", findings_sheet)
+    draw_noise_levels(output_dir / "noise_levels.png", metrics)
+    tables, said = report_fold(metrics, space.note)
+    captions_of = [known[i]["text"] for i in strongest]
+    write_fold_page(output_dir, metrics, tables, said, captions_of, terms_of(config["base"], data_dir))
+    write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
+    if args.output_dir is None and (run_dir / "README.md").is_file():
+        write_card(run_dir, data_dir)  # with what the audit found
+    for table, _ in tables.values():
+        print_table(*table)
+        print()
+    print("\n".join(said))
+    print(f"look at {output_dir / 'report.html'}")
 
-    # What a person looks at
+
+@dataclass(frozen=True)
+class Drawn:
+    """The films of an evaluation, real and generated, uint8 [N, H, W] where they are tensors.
+
+    Attributes:
+        held_out_rows, training_rows: of the table: those measured, N, and of training as many as features are taken of.
+        known, unknown: rows of one film each of as many patients of training and held out, M.
+        training_captions: all that the model learnt from.
+        bank: the held-out films.
+        training_films: those of `training_rows`, with every film of `known` among them.
+        mean: the mean training film, uint8 [H, W].
+        generated, of_base: from the held-out captions, by the adapter and by the base, [N].
+        of_known: from the captions of `known`, [M].
+        varied: from some captions, SAMPLES_A_PROMPT each in a row.
+        without_findings: from the second caption and the first film's noise of each of `pairs`.
+        pairs: places of held-out films, one with findings, its counterpart without.
+    """
+
+    held_out_rows: list[dict]
+    training_rows: list[dict]
+    known: list[dict]
+    unknown: list[dict]
+    training_captions: set[str]
+    bank: FilmBank
+    training_films: FilmDataset
+    mean: Tensor
+    generated: Tensor
+    of_base: Tensor
+    of_known: Tensor
+    varied: Tensor
+    without_findings: Tensor
+    pairs: list[tuple[int, int]]
+
+    def random_pairs(self, seed: int) -> Tensor | None:
+        """Return for each held-out film one of another patient, None where there is only one patient."""
+        patients = self.bank.patients
+        return self.bank.films[other_patients(patients, seed)] if len(set(patients)) > 1 else None
+
+
+def score_free_samples(drawn: Drawn, seed: int) -> dict[str, Tensor]:
+    """Return the similarity of each held-out film with the sample of its caption, another film, and the mean film."""
+    bank = drawn.bank
+    candidates_of = {"generated": drawn.generated, "mean_film": drawn.mean.expand_as(bank.films)}
+    if (others := drawn.random_pairs(seed)) is not None:
+        candidates_of["random_pair"] = others
+    return {
+        f"free/{kind}/{name}": in_batches(metric, candidates, bank.films).double()
+        for kind, candidates in candidates_of.items()
+        for name, metric in METRICS.items()
+    }
+
+
+def summarise_sets(
+    drawn: Drawn, space: FilmSpace, resolution: int, seed: int
+) -> tuple[dict, dict[str, Tensor], list[dict], list[tuple[int, int, float]]]:
+    """Measure films as points in a feature space, and compare sets of them.
+
+    Returns:
+        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual` and `use` of `metrics.json`; the
+        features of held-out and generated films; rows of `readings.jsonl`; and the suspects of `audit.suspects`.
+    """
+    bank, measure = drawn.bank, partial(measure_films, space)
+    films_of = {
+        "held_out": bank.films, "generated": drawn.generated, "base": drawn.of_base, "known": drawn.of_known,
+        "counterpart": drawn.without_findings, "mean_film": drawn.mean.expand_as(bank.films),
+    }  # fmt: skip
+    batches = {name: films.split(ENCODED_AT_ONCE) for name, films in films_of.items()}
+    batches["training"] = DataLoader(drawn.training_films, ENCODED_AT_ONCE)
+    counts = {name: len(films) for name, films in films_of.items()} | {"training": len(drawn.training_films)}
+    spaces = {name: measure(of, counts[name]) for name, of in batches.items() if counts[name]}
+    features = {name: measured["features"] for name, measured in spaces.items()}
+    training_patients = [patient_of(row) for row in drawn.training_rows]
+    sets = {name: features[name] for name in ("generated", "base", "mean_film")}
+    compared = compare_sets(features["held_out"], sets, features["training"], training_patients, seed)
+    metrics: dict = {"distribution": {"encoder": space.name} | (compared or {})}
+
+    captions, others = [row["text"] for row in drawn.held_out_rows], drawn.random_pairs(seed)
+    alike = None
+    if pairs := same_caption_pairs(captions, bank.patients, seed):
+        one, other = (list(places) for places in zip(*pairs, strict=True))
+        alike = pair_similarity(bank.films[one], bank.films[other], [captions[i] for i in one], seed)
+    metrics["variety"] = {
+        "scales": num_scales(resolution),
+        "one_caption": pair_similarity(*pairs_of(drawn.varied, SAMPLES_A_PROMPT), seed),
+        "real_films": None if others is None else pair_similarity(others, bank.films, bank.patients, seed),
+        "real_films_of_one_caption": alike,
+    }
+
+    # A film from the caption of one film each of as many patients of training and held out, beside those films
+    of_unknown, of_trained = (
+        [place_of[row["file_name"]] for row in rows]
+        for rows, place_of in (
+            (drawn.unknown, {row["file_name"]: i for i, row in enumerate(drawn.held_out_rows)}),
+            (drawn.known, {row["file_name"]: i for i, row in enumerate(drawn.training_rows)}),
+        )
+    )
+    asked = {name: torch.cat([spaces["generated"][name][of_unknown], of]) for name, of in spaces["known"].items()}
+    audited = ("features", "pixels")
+    metrics["memorisation"] = audit(
+        {name: asked[name] for name in audited}, {name: spaces["training"][name][of_trained] for name in audited},
+        {name: spaces["held_out"][name][of_unknown] for name in audited}, spaces["training"], spaces["held_out"], seed,
+    )  # fmt: skip
+    nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
+
+    # What captions assert, read in films by regressions that the training patients' films were fitted to
+    readable = {name: measured["readable"] for name, measured in spaces.items()}
+    mirrored = {}
+    if any(SIDE in told for told in assertions(drawn.held_out_rows)):
+        flipped = {name: (films.flip(-1) for films in of) for name, of in batches.items() if counts[name]}
+        mirrored = {name: measure(of, counts[name])["readable"] for name, of in flipped.items()}
+    for part in (readable, mirrored) if mirrored else (readable,):
+        part["known_real"] = part["training"][of_trained]
+    readers = Readers(drawn.training_rows, drawn.held_out_rows, readable, mirrored, seed)
+    read = {name: readers.read(name) for name in ("generated", "base", "held_out", "counterpart") if name in readable}
+    asserted = assertions(drawn.held_out_rows)
+    is_new = [caption not in drawn.training_captions for caption in captions]
+    scores = {"generated": read["generated"], "base": read["base"], "real": read["held_out"]}
+    metrics["alignment"] = {"readers": len(readers.labels)} | agreement(asserted, scores, bank.patients, is_new, seed)
+    metrics["counterfactual"] = (
+        compare_pairs(
+            drawn.held_out_rows, drawn.pairs,
+            {"generated": {label: of[[i for i, _ in drawn.pairs]] for label, of in read["generated"].items()},
+             "counterpart": read["counterpart"], "real": read["held_out"]}, seed,
+        ) if drawn.pairs else {}
+    )  # fmt: skip
+    metrics["use"] = readers.use(drawn.known, drawn.held_out_rows)
+    readings = [
+        {"file_name": row["file_name"], "patient_id": patient, "new_caption": new, "asserted": told}
+        | {kind: {label: float(of[i]) for label, of in by_label.items()} for kind, by_label in scores.items()}
+        for i, (row, patient, new, told) in enumerate(
+            zip(drawn.held_out_rows, bank.patients, is_new, asserted, strict=True)
+        )
+    ]
+    return metrics, {name: features[name] for name in ("held_out", "generated")}, readings, nearest
+
+
+def draw_pictures(
+    output_dir: Path, drawn: Drawn, rebuilt: dict[float, Tensor], nearest: Sequence[tuple[int, int, float]]
+) -> None:
+    """Draw films.png and nearest.png."""
+    bank, captions = drawn.bank, [row["text"] for row in drawn.held_out_rows]
     shown = [
-        [film.numpy() for film in (bank.films[i], *(rebuilt[strength][i] for strength in STRENGTHS), generated[i])]
+        [
+            film.numpy()
+            for film in (bank.films[i], *(rebuilt[strength][i] for strength in STRENGTHS), drawn.generated[i])
+        ]
         for i in range(min(SHOWN, len(bank)))
     ]
     heads = ["of the set", *(f"rebuilt {strength}" for strength in STRENGTHS), "generated"]
     note = "The first column shows films of the set, the rebuilt ones resemble them: if they are of patients, not to be shared."
     save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
-    asked_films = torch.cat([generated[of_unknown], of_known])
-    save_png(
-        output_dir / "nearest.png",
-        contact_sheet(
-            [[asked_films[i].numpy(), training_films[j].numpy()] for i, j, _ in nearest],
-            [f"{ratio:.2f} of the distance to the nearest held-out film" for *_, ratio in nearest],
-            ["generated", "of training"],
-            f"The generated films that are nearest to one of {len(training_films)} training films for how far they are from "
-            f"{len(bank)} held-out ones, in pixels. Not to be shared: the second column shows films of the set.",
-        ),
+    place_of = {row["file_name"]: i for i, row in enumerate(drawn.held_out_rows)}
+    asked = torch.cat([drawn.generated[[place_of[row["file_name"]] for row in drawn.unknown]], drawn.of_known])
+    sheet = contact_sheet(
+        [[asked[i].numpy(), drawn.training_films[j].numpy()] for i, j, _ in nearest],
+        [f"{ratio:.2f} of the distance to the nearest held-out film" for *_, ratio in nearest],
+        ["generated", "of training"],
+        f"The generated films that are nearest to one of {len(drawn.training_films)} training films for how far they are from "
+        f"{len(bank)} held-out ones, in pixels. Not to be shared: the second column shows films of the set.",
     )
-    draw_noise_levels(output_dir / "noise_levels.png", metrics)
-    tables = {"Films rebuilt, and noise predicted": headline_table(metrics)}
-    notes = {"Films rebuilt, and noise predicted": FREE_SAMPLES_NOTE}
-    if decoder:
-        tables = {"The adapted decoder": decoder_table(metrics)} | tables
-        notes["The adapted decoder"] = DECODER_NOTE
-    if reads_findings:
-        save_png(output_dir / "findings.png", findings_sheet)
-        tables = {"Are prompts followed?": followed_table(metrics)} | tables
-        notes["Are prompts followed?"] = FOLLOWED_NOTE
+    save_png(output_dir / "nearest.png", sheet)
+
+
+def report_fold(
+    metrics: dict, space_note: str
+) -> tuple[dict[str, tuple[tuple[list[str], list[list[str]]], str]], list[str]]:
+    """Return what is worth a table, by title: the table and what it means; and what is said in sentences."""
+    tables = {}
+    if "prompt_followed" in metrics:
+        tables["Are prompts followed?"] = followed_table(metrics), FOLLOWED_NOTE
+    if "labels" in metrics["alignment"]:
+        tables["Do films show what their captions say?"] = alignment_table(metrics["alignment"]), ALIGNMENT_NOTE
+    if metrics["counterfactual"]:
+        tables["The same noise, with the finding and without"] = pairs_table(metrics["counterfactual"]), PAIRS_NOTE
+    if "vae_decoder" in metrics:
+        tables["The adapted decoder"] = decoder_table(metrics), DECODER_NOTE
+    tables["Films rebuilt, and noise predicted"] = headline_table(metrics), FREE_SAMPLES_NOTE
     if "films" in metrics["distribution"]:
-        tables["Generated films as a set"] = distribution_table(metrics)
-        notes["Generated films as a set"] = DISTRIBUTION_NOTE
-        if "generated" in metrics["distribution"]["too_good"]:
-            notes["Generated films as a set"] = f"{TOO_GOOD_NOTE} {DISTRIBUTION_NOTE}"
-            print(TOO_GOOD_NOTE)
+        too_good = [TOO_GOOD_NOTE] if "generated" in metrics["distribution"]["too_good"] else []
+        note = " ".join([*too_good, DISTRIBUTION_NOTE, f"Here: {space_note}."])
+        tables["Generated films as a set"] = distribution_table(metrics), note
+    if metrics["use"]:
+        tables["Trained on generated films, tested on real ones"] = use_table(metrics["use"]), USE_NOTE
     if metrics["by_group"]:
-        tables["For whom"] = groups_table(metrics)
-    pictures = ["films", *(["findings"] if reads_findings else []), "noise_levels"]
+        tables["For whom"] = groups_table(metrics), ""
+    said = [
+        variety_in_words(metrics),
+        in_words(metrics["memorisation"]),
+        pulls_in_words(metrics["memorisation"]["captions"]),
+    ]
+    if "films" in metrics["distribution"] and "generated" in metrics["distribution"]["too_good"]:
+        said.append(TOO_GOOD_NOTE)
+    return tables, said
+
+
+def write_fold_page(
+    output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], captions: Sequence[str], terms: Sequence[str]
+) -> None:
+    """Write report.html: the pictures first, then the tables, then how it was measured.
+
+    Args:
+        tables, said: as `report_fold` returns them.
+        captions: of training, those that pull hardest.
+        terms: licences of base and films.
+    """
+    pictures = ["films", *(["findings"] if "prompt_followed" in metrics else []), "noise_levels"]
     parts = [html_picture(output_dir / f"{name}.png") for name in pictures]
-    for title, table in tables.items():
-        parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(notes.get(title, ''))}</p>"]
-    said = [variety_in_words(metrics), in_words(metrics["memorisation"])]
+    for title, (table, note) in tables.items():
+        parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(note)}</p>"]
     parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
     parts += [
-        html_picture(output_dir / "nearest.png"),
-        "<h2>What the figures mean</h2>",
-        html_definitions(DEFINITIONS),
+        "<p>Captions of training that pull hardest:</p><ol>",
+        *(f"<li>{html.escape(text)}</li>" for text in captions),
     ]
-    parts += [
-        "<h2>Settings, data and terms</h2>",
-        html_table(*settings_table(metrics, terms_of(config["base"], data_dir))),
-    ]
-    page = html_page(
-        f"Fold {config['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients", parts
-    )
-    write_bytes(output_dir / "report.html", page.encode())
-    write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
-    if args.output_dir is None and (run_dir / "README.md").is_file():
-        write_card(run_dir, data_dir)  # with what the audit found
-    for table in tables.values():
-        print_table(*table)
-        print()
-    print("\n".join(said))
-    print(f"look at {output_dir / 'report.html'}")
+    parts += ["</ol>", html_picture(output_dir / "nearest.png")]
+    parts += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
+    parts += ["<h2>Settings, data and terms</h2>", html_table(*settings_table(metrics, terms))]
+    title = f"Fold {metrics['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients"
+    write_bytes(output_dir / "report.html", html_page(title, parts).encode())
 
 
 def follow_prompts(
@@ -522,7 +694,8 @@ def draw_films(
     films = sample(
         pipeline, captions, seeds, resolution, args.num_inference_steps, args.guidance_scale, args.batch_size
     )
-    return torch.stack(list(tqdm(films, doing, len(captions), unit="film")))
+    drawn = list(tqdm(films, doing, len(captions), unit="film"))
+    return torch.stack(drawn) if drawn else torch.empty(0, resolution, resolution, dtype=torch.uint8)
 
 
 def pairs_of(films: Tensor, size: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -694,6 +867,16 @@ def gain_of(name: str, adapter, base):
     return base - adapter if name.startswith("mse") else adapter - base
 
 
+def pulls_in_words(part: dict) -> str:
+    """Return whether captions of training are recognised, as a sentence; `part` as `audit.compare_pulls` returns it."""
+    low, high = part["interval"]
+    return (
+        f"Captions: in {part['probability']:.2f} [{low:.2f}, {high:.2f}] of pairs one of {part['captions']} training captions moves "
+        f"the prediction from pure noise further than one of as many held-out captions (0.5: not recognised); "
+        f"{part['beyond']:.1%} of them further than 99 % of held-out ones do."
+    )
+
+
 def variety_in_words(metrics: dict) -> str:
     """Return how alike films of one caption are, beside real films, as a sentence."""
     part = metrics["variety"]
@@ -727,11 +910,12 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
             f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
         )
     folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
-    for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed"):
-        if len({json.dumps(fold[name], sort_keys=True) for fold in folds}) > 1:
+    for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed", "features"):
+        if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
     for path, fold in zip(evaluations, folds, strict=True):
-        if "distribution" not in fold or not path.with_name("features.safetensors").is_file():
+        whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
+        if "alignment" not in fold or not whole:
             raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
@@ -743,6 +927,48 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
         numbers = [fold["fold"] for fold in folds]
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
     return folds, films_by_fold, [path.parent for path in evaluations]
+
+
+def read_readings(folders: Sequence[Path]) -> list[dict]:
+    return [row for folder in folders for row in read_jsonl(folder / "readings.jsonl")]
+
+
+def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
+    """Return the log-odds of one kind of films by label, [N], of the labels that have readers in every fold."""
+    labels = [label for label in readings[0][kind] if all(label in row[kind] for row in readings)]
+    return {label: np.array([row[kind][label] for row in readings]) for label in labels}
+
+
+def pool_readings(readings: Sequence[dict], seed: int) -> dict:
+    """Return `alignment.agreement` over the films of all folds.
+
+    Each fold's log-odds are of readers of its own, fitted on the same kind of films in the same way.
+    """
+    scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}
+    asserted, patients = [row["asserted"] for row in readings], [row["patient_id"] for row in readings]
+    return agreement(asserted, scores, patients, [row["new_caption"] for row in readings], seed)
+
+
+def compare_readings(readings: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
+    """Return `alignment.agreement_gain` of the first cross-validation's films over the second's."""
+    other_of = {row["file_name"]: row for row in others}
+    one, other = (
+        columns_of(rows, "generated") for rows in (readings, [other_of[row["file_name"]] for row in readings])
+    )
+    asserted, patients = [row["asserted"] for row in readings], [row["patient_id"] for row in readings]
+    return agreement_gain(asserted, one, other, patients, seed)
+
+
+def spread_over_folds(figures: Sequence[dict]) -> dict:
+    """Return mean, standard deviation and values by fold of figures of all folds, None where a fold has none."""
+    spread = {}
+    for name in figures[0]:
+        values = [fold[name]["mean"] for fold in figures if fold[name]]
+        whole = len(values) == len(figures)
+        spread[name] = (
+            {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values} if whole else None
+        )
+    return spread
 
 
 def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
@@ -775,17 +1001,22 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
         "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
     }  # fmt: skip
+    readings = read_readings(folders)
+    record["alignment"] = pool_readings(readings, seed)
+    if all(fold["use"] for fold in folds):
+        record["use"] = spread_over_folds([fold["use"]["mean"] for fold in folds])
     features = [load_file(folder / "features.safetensors") for folder in folders]
     real, generated = (torch.cat([fold[name] for fold in features]) for name in ("held_out", "generated"))
     record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
         compare_halves(real, generated, patients, seed) or {}
     )
     if against is not None:
-        other_folds, others, _ = read_folds(against)
+        other_folds, others, other_folders = read_folds(against)
         for name in ("data_hash", "resolution", "num_folds"):
             if folds[0][name] != other_folds[0][name]:
                 raise Refused(f"{out} and {against} differ in {name}; only runs on the same films compare")
         record["against"] = compare_runs(films, [row for rows in others for row in rows], seed)
+        record["against"]["alignment"] = compare_readings(readings, read_readings(other_folders), seed)
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
@@ -813,6 +1044,10 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     tables = [(heads, [line(name) for name in first])]
     if "films" in record["distribution"]:
         tables.append(halves_table(record["distribution"]))
+    if "labels" in record["alignment"]:
+        tables.append(alignment_table(record["alignment"]))
+    if "use" in record:
+        tables.append(use_over_folds_table(record["use"], numbers, [fold["use"]["films"] for fold in folds]))
     if against is not None:
         tables.append(against_table(record["against"]))
     rest = [name for name in summary if name not in first]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.conftest import ROOT
 from utils.audit import audit, suspects
-from utils.features import load_encoder, measure_films
+from utils.encoders import bundled_space, measure_films
 from utils.images import load_film, thumbnails
 from utils.metadata import read_metadata
 from utils.realism import compare_halves, compare_sets, pair_similarity, set_figures
@@ -47,8 +47,8 @@ def spaces(films: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
         "a quarter of the grey levels": held_out // 4,
         "noise": torch.randint(0, 256, held_out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8),
     }
-    encoder = load_encoder()
-    return {name: measure_films(encoder, films.split(64), len(films)) for name, films in sets.items()}
+    space = bundled_space(torch.device("cpu"))
+    return {name: measure_films(space, films.split(64), len(films)) for name, films in sets.items()}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ be downloaded. Distances in its features compare with one another only, never wi
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from utils.files import write_bytes, write_json
-from utils.images import thumbnails
 from utils.pipeline import ROOT
 from utils.refusal import Refused
 from utils.validation import eval_mode
@@ -180,27 +178,6 @@ def extract(encoder: FilmEncoder, films: Tensor, batch_size: int = 64) -> Extrac
             bar.update(len(chunk))
     features, label_logits, finding_logits = (torch.cat(parts).float().cpu() for parts in zip(*readings, strict=True))
     return Extracted(features, label_logits.softmax(dim=1), finding_logits.sigmoid())
-
-
-def measure_films(encoder: FilmEncoder, batches: Iterable[Tensor], count: int) -> dict[str, Tensor]:
-    """Measure films a batch at a time, so that a set of any size fits.
-
-    Args:
-        encoder: on any device.
-        batches: uint8 [B, H, W] each.
-        count: films in all, for the progress bar.
-
-    Returns:
-        float32 on the CPU: `features` [N, F] of the encoder, and `pixels` [N, 1024], from `images.thumbnails`.
-    """
-    device = next(encoder.parameters()).device
-    features, pixels = [], []
-    with eval_mode(encoder), tqdm(total=count, desc="measuring films", unit="film") as bar:
-        for films in batches:
-            features.append(encoder(films.to(device)).features.float().cpu())
-            pixels.append(thumbnails(films))
-            bar.update(len(films))
-    return {"features": torch.cat(features), "pixels": torch.cat(pixels)}
 
 
 def save_encoder(encoder: FilmEncoder, folder: Path) -> None:

@@ -27,6 +27,7 @@ DEFINITIONS = {
     "precision": "Share of generated films within reach of real ones (Kynkaanniemi et al. 2019).",
     "recall": "Share of real films within reach of generated ones.",
     "density": "How many real films reach a generated one, over five (Naeem et al. 2020); near 1 between equal sets.",
+    "AUROC": "Area under the receiver operating characteristic: how often a film with the label is read above one without.",
     "coverage": "Share of real films that reach a generated one; near 0.97 between equal sets.",
 }
 SMOOTHING = 25  # steps of the running mean in the loss curve
@@ -304,7 +305,8 @@ def halves_table(part: dict) -> tuple[list[str], list[list[str]]]:
 def against_table(part: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of a comparison of two cross-validations; `part` as in `summary.json`."""
     rows = []
-    for name, figures in part["figures"].items():
+    of_captions = {f"AUROC of captions: {label}": figures for label, figures in part["alignment"].items()}
+    for name, figures in (part["figures"] | of_captions).items():
         between = " [{:.4f}, {:.4f}]".format(*figures["interval"]) if figures["interval"] else ""
         p = f"{figures['p']:.2g}" if figures.get("p") is not None else ""
         rows.append([name, f"{figures['gain']:.4f}{between}", p])
@@ -337,6 +339,67 @@ def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
         "MSE of the prediction, all levels", "gain over the base",
     ]  # fmt: skip
     return heads, rows
+
+
+def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what is read in films of what captions assert; `part` as `alignment.agreement` returns it."""
+    kinds = ("generated", "base", "real", "shuffled", "new_captions")
+    rows = []
+    for label, figures in part["labels"].items():
+        counts = f"{figures['positive']} of {figures['films']}"
+        rows.append([label, counts, *(with_interval(figures[kind], 2) for kind in kinds[:4])])
+        rows[-1].append(with_interval(figures["new_captions"], 2) or f"too few of {figures['new']}")
+    if part["mean"]:
+        rows.insert(0, ["mean over findings", "", *(with_interval(part["mean"][kind], 2) for kind in kinds)])
+    heads = [
+        "AUROC of what the caption asserts", "held-out captions", "adapter", "base without LoRA",
+        "ceiling: the real films", "floor: captions shuffled", "adapter, captions that training never saw",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def pairs_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of pairs with and without a finding; `part` as `alignment.compare_pairs` returns it."""
+    rows = [
+        ["all findings" if name == "all" else name, str(figures["pairs"]),
+         *(with_interval(figures[kind], 2) for kind in ("generated", "real"))]
+        for name, figures in sorted(part.items(), key=lambda item: item[0] != "all")
+    ]  # fmt: skip
+    return ["read more strongly where asked for", "pairs", "adapter", "ceiling: between the real films"], rows
+
+
+def use_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of classifiers fitted on generated and on real films; `part` as `Readers.use` returns it."""
+    kinds = ("synthetic", "real", "both", "all_real")
+    rows = [[label, *(with_interval(figures[kind], 2) for kind in kinds)] for label, figures in part["labels"].items()]
+    if part["mean"]["real"]:
+        rows.insert(0, ["mean over findings", *(with_interval(part["mean"][kind], 2) for kind in kinds)])
+    films = part["films"]
+    heads = [
+        "AUROC on held-out real films", f"fitted on {films} generated", f"on {films} real", f"on both, {2 * films}",
+        "on all real training films",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def use_over_folds_table(part: dict, folds: Sequence[int], films: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of `use_table`'s means over findings, over folds.
+
+    Args:
+        part: `use` of `summary.json`.
+        folds: their numbers.
+        films: that classifiers of one kind were fitted on, by fold.
+    """
+    titles = {
+        "synthetic": "generated films", "real": "as many real films", "both": "both", "all_real": "all real training films"
+    }  # fmt: skip
+    rows = [
+        [title, f"{part[kind]['mean']:.3f} +- {part[kind]['sd']:.3f}", *(f"{v:.3f}" for v in part[kind]["by_fold"])]
+        for kind, title in titles.items()
+        if part[kind]
+    ]
+    heads = [f"fitted on ({min(films)} to {max(films)} films)", "AUROC on held-out real films, mean of folds +- sd"]
+    return [*heads, *(f"fold {number}" for number in folds)], rows
 
 
 def settings_table(metrics: dict, terms: Sequence[str]) -> tuple[list[str], list[list[str]]]:
