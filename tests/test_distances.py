@@ -269,3 +269,16 @@ def test_kernel_distance_is_that_of_torchmetrics_on_the_same_features() -> None:
     a, b = features(0, 40), features(1, 40) + 0.5
     theirs = poly_mmd(a.double(), b.double(), degree=3, gamma=None, coef=1.0)
     assert kernel_distance(a, b)[0] == pytest.approx(theirs.item(), rel=1e-9)
+
+
+def test_distances_are_torch_fidelitys_on_the_same_features() -> None:
+    """Of torch-fidelity 0.4.0: kid_features_to_metric with one subset of all films, gamma None and coef0 1;
+    fid_statistics_to_metric; prc_features_to_metric of 5 neighbours.
+    """
+    a = torch.from_numpy(np.random.default_rng(1).normal(size=(60, 16)))
+    b = torch.from_numpy(np.random.default_rng(2).normal(0.3, 1.2, size=(60, 16)))
+    assert kernel_distance(a, b)[0] == pytest.approx(0.3652898910039477, rel=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(5.562040125384932, rel=1e-9)
+    reached = precision_recall(real=b, generated=a, k=5)
+    assert reached["precision"] == pytest.approx(0.9833333492279053, abs=1e-6)
+    assert reached["recall"] == pytest.approx(0.5333333611488342, abs=1e-6)

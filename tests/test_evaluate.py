@@ -9,10 +9,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 
 import evaluate
+from tests.conftest import build_data
 from tests.training import train
 from utils.decoder import decoder_state
+from utils.encoders import FilmSpace
 from utils.files import sha256_file
 from utils.latents import cache_posteriors
 from utils.metadata import read_metadata
@@ -274,6 +277,74 @@ def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Pat
     path.write_text(path.read_text().replace('"guidance_scale": 4.0', '"guidance_scale": 7.5'))
     with pytest.raises(Refused, match="differ in sampling"):
         measure("--cross_validation", out)
+
+
+@pytest.fixture(scope="module")
+def read_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluated folds of enough patients for findings to be read."""
+    folder = tmp_path_factory.mktemp("read")
+    data = build_data(folder / "data", num_patients=120, films_each=1)
+    for fold in ("0", "1"):
+        run = folder / "out" / f"fold{fold}"
+        train(tiny_base, data, run, "--fold", fold, "--max_train_steps", "2")
+        measure("--lora", run, "--num_inference_steps", "2", "--mixed_precision", "no")
+    return folder / "out"
+
+
+def test_what_captions_say_is_read_in_films(read_runs: Path) -> None:
+    folder = read_runs / "fold0" / "evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    part = metrics["alignment"]["labels"]["pneumonia"]
+    assert (part["films"], part["positive"]) == (24, 12)
+    assert part["shuffled"]["interval"][0] < 0.5 < part["shuffled"]["interval"][1]
+    assert set(metrics["alignment"]["mean"]) == {"generated", "base", "real", "shuffled", "new_captions"}
+    assert metrics["counterfactual"]["pneumonia"]["pairs"] == 12
+    assert metrics["use"]["films"] == 24
+    rows = [json.loads(line) for line in (folder / "readings.jsonl").open()]
+    assert len(rows) == 24
+    for kind in ("generated", "base", "real"):
+        truth, scores = zip(*((row["asserted"]["pneumonia"], row[kind]["pneumonia"]) for row in rows), strict=True)
+        assert roc_auc_score(truth, scores) == pytest.approx(part[kind]["mean"])
+    page = (folder / "report.html").read_text()
+    for text in (
+        "mean over findings",
+        "ceiling: the real films",
+        "fitted on 24 generated",
+        "Captions of training that pull",
+    ):
+        assert text in page
+    captions = metrics["memorisation"]["captions"]
+    assert captions["captions"] == 24
+    assert captions["interval"][0] <= captions["probability"] <= captions["interval"][1]
+
+
+def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
+    measure("--cross_validation", read_runs, "--against", read_runs, "--output_dir", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    part = summary["alignment"]["labels"]["pneumonia"]
+    assert (part["films"], part["positive"]) == (48, 24)
+    assert len(summary["use"]["real"]["by_fold"]) == 2
+    assert summary["against"]["alignment"]["pneumonia"] == {"gain": 0.0, "interval": [0.0, 0.0]}
+    page = (tmp_path / "report.html").read_text()
+    assert "AUROC of captions: pneumonia" in page
+    assert "as many real films" in page
+
+
+def test_another_feature_space_is_named_with_its_figures(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halves(films: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = films.float().flatten(1)[:, ::64]
+        return features, features
+
+    monkeypatch.setitem(evaluate.SPACES, "xrv", lambda device: FilmSpace("xrv", "every 64th pixel", halves))
+    more = ("--features", "xrv", "--num_inference_steps", "1", "--output_dir", tmp_path)
+    measure("--lora", runs / "fold0", *more)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["features"] == metrics["distribution"]["encoder"] == "xrv"
+    assert metrics["distribution"]["features"] == 64
+    assert metrics["distribution"]["generated"]["frechet"] is None, "8 films cannot carry 64 numbers"
+    assert "every 64th pixel" in (tmp_path / "report.html").read_text()
 
 
 def test_other_data_than_trained_on_is_refused(runs: Path, own_data: Path) -> None:

@@ -17,6 +17,7 @@ from utils.folds import (
     group_of,
     merge_groups,
     patient_of,
+    shuffle_captions,
     split_fold,
     with_folds,
 )
@@ -266,3 +267,12 @@ def test_one_film_a_patient_is_drawn_and_as_many_patients_as_may_be() -> None:
     assert draw_most_patients(rows, 50, seed=0) == rows
     assert patient_of({"file_name": "a", "patient_id": 3, "group": "g"}) == "g"
     assert patient_of({"file_name": "a"}) == "a"
+
+
+def test_shuffled_captions_are_the_same_captions_on_other_films() -> None:
+    rows = [{"file_name": f"{i}.png", "text": f"caption {i}", "findings": [i]} for i in range(50)]
+    shuffled = shuffle_captions(rows, seed=0)
+    assert [row | {"text": ""} for row in shuffled] == [row | {"text": ""} for row in rows]
+    assert sorted(row["text"] for row in shuffled) == sorted(row["text"] for row in rows)
+    assert sum(row["text"] == other["text"] for row, other in zip(rows, shuffled, strict=True)) < 5
+    assert shuffled == shuffle_captions(rows, seed=0) != shuffle_captions(rows, seed=1)

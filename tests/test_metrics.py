@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utils.metrics import bootstrap_interval, in_batches, ms_ssim, mse, num_scales, psnr, ssim
 
@@ -33,6 +34,20 @@ def test_ssim_is_wangs_definition_film_by_film() -> None:
     ours, others = films(0), (films(0).int() // 2 + films(1).int() // 3).to(torch.uint8)
     expected = [reference_ssim(a.numpy(), b.numpy()) for a, b in zip(ours, others, strict=True)]
     assert ssim(ours, others).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssim_and_psnr_are_scikit_images() -> None:
+    """Of scikit-image 0.26.0: structural_similarity(film / 255, noisy / 255, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=1.0) and peak_signal_noise_ratio(film, noisy, data_range=255).
+    """
+    rough = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), dtype=np.uint8))
+    film = np.array(rough.resize((96, 96), Image.Resampling.BICUBIC))
+    noisy = (
+        (film + np.random.default_rng(9).normal(0, 20, film.shape).round().astype(int)).clip(0, 255).astype(np.uint8)
+    )
+    film, noisy = torch.from_numpy(film)[None], torch.from_numpy(noisy)[None]
+    assert ssim(film, noisy).item() == pytest.approx(0.6826091427289429, abs=1e-5)
+    assert psnr(film, noisy).item() == pytest.approx(22.288821839104997, abs=1e-4)
 
 
 def test_ssim_of_unrelated_films_is_low_and_of_equal_ones_is_one() -> None:

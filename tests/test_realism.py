@@ -1,11 +1,14 @@
 """Sets of films beside real ones: the figures of honest sets, and what the usual mistakes look like in them. Hermetic."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.conftest import ROOT
-from utils.audit import audit, suspects
+from utils.audit import audit, caption_pull, compare_pulls, suspects
 from utils.encoders import bundled_space, measure_films
 from utils.images import load_film, thumbnails
 from utils.metadata import read_metadata
@@ -192,3 +195,25 @@ def test_thumbnails_see_copies_whatever_their_brightness(films: torch.Tensor) ->
     assert rows.shape == (4, 1024)
     assert (rows[0] - rows[1]).norm() < 0.05 * (rows[0] - rows[2]).norm()
     assert rows[3].tolist() == [0.0] * 1024, "a blank film has no direction"
+
+
+def test_a_caption_learnt_by_heart_pulls_harder() -> None:
+    """A UNet whose prediction moves by the caption's tokens, thrice as far for a caption that starts with 7."""
+
+    def text_encoder(ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return (ids.float(),)
+
+    def unet(noise: torch.Tensor, timestep: int, hidden: torch.Tensor) -> SimpleNamespace:
+        assert timestep == 999
+        shift = hidden.sum(dim=1) * torch.where(hidden[:, 0] == 7, 3.0, 1.0)
+        return SimpleNamespace(sample=noise + shift[:, None, None, None])
+
+    ids = torch.tensor([[1, 2], [7, 2], [2, 2]])
+    pull = partial(caption_pull, unet, text_encoder, empty_ids=torch.zeros(1, 2, dtype=torch.long), latent_shape=(4, 2, 2),
+                   timestep=999, batch_size=2, device=torch.device("cpu"))  # fmt: skip
+    pulls = pull(input_ids=ids)
+    assert pulls.tolist() == pytest.approx([3 * 4, 27 * 4, 4 * 4], rel=1e-5)  # over 16 numbers
+    record, strongest = compare_pulls(pulls, torch.linspace(10, 20, 10, dtype=torch.float64), seed=0, count=2)
+    assert strongest == [1, 2]
+    assert (record["captions"], record["beyond"]) == (3, pytest.approx(1 / 3))
+    assert record["interval"][0] <= record["probability"] <= record["interval"][1]

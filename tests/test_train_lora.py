@@ -258,6 +258,16 @@ def test_held_out_films_change_nothing(tiny_base: Path, own_data: Path, tmp_path
     assert not all(torch.equal(before[name], other[name]) for name in before)
 
 
+def test_shuffled_captions_are_learnt_and_true_ones_validate(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    for name, more in (("true", ()), ("shuffled", ("--shuffle_captions",))):
+        train(tiny_base, tiny_data, tmp_path / name, "--max_train_steps", "1", *more)
+    true, shuffled = ({"log": read(tmp_path / n / "log.jsonl"), "validation": read(tmp_path / n / "validation.jsonl")}
+                      for n in ("true", "shuffled"))  # fmt: skip
+    assert true["log"][0]["loss"] != shuffled["log"][0]["loss"]
+    assert [row["ssim"] for row in true["validation"]][0] == [row["ssim"] for row in shuffled["validation"]][0]
+    assert json.loads((tmp_path / "shuffled" / "config.json").read_text())["settings"]["shuffle_captions"] is True
+
+
 def test_drawing_samples_changes_no_weight_and_tells_the_tracker(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
