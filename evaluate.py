@@ -19,8 +19,9 @@ How well does the model predict noise (MSE by timestep)? How well does it rebuil
 noise (SSIM, PSNR, MS-SSIM), between the mean training film and the autoencoder's own round trip? How near does a free
 sample come to the one film whose caption it was given? That is asked for often and says little: two unrelated films are
 nearly as near, and the blurred mean film is nearer. Are free samples, as a set, as near to held-out films as other real
-films are, and do they vary as much? Are they nearer to films that training saw than to others? And for whom: the main
-figures by sex, age, view, and by whether training saw the caption.
+films are, and do they vary as much? Are they nearer to films that training saw than to others? Do they show what their
+captions say, as far as a classifier can read it in the real films, and does a classifier learn from them what it learns from
+real ones? And for whom: the main figures by sex, age, view, and by whether training saw the caption.
 """
 
 import argparse

@@ -419,6 +419,7 @@ def settings_table(metrics: dict, terms: Sequence[str]) -> tuple[list[str], list
         ["data", f"SHA-256 {metrics['data_hash']}"],
         ["sampling", ", ".join(f"{name} {value}" for name, value in metrics["sampling"].items())],
         ["arithmetic", metrics["mixed_precision"]],
+        ["feature space", metrics["features"]],
         ["seed", str(metrics["seed"])],
         ["training", ", ".join(f"{name} {settings[name]}" for name in chosen if name in settings)],
         ["versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())],
