@@ -60,7 +60,7 @@ def test_every_fold_is_trained_and_evaluated_then_all_are_pooled(checkout: Path)
     assert calls == [*expected, "- evaluate.py --cross_validation out"]
 
 
-def test_what_was_evaluated_is_evaluated_again_only_where_the_adapter_changed(checkout: Path) -> None:
+def test_what_was_evaluated_is_evaluated_again_only_where_adapter_or_flags_changed(checkout: Path) -> None:
     places = dict(OUT="runs/a", DATA="films", FOLDS="0 3")
     cross_validate(checkout, **places)
     status, calls, _ = cross_validate(checkout, **places)
@@ -72,6 +72,11 @@ def test_what_was_evaluated_is_evaluated_again_only_where_the_adapter_changed(ch
     os.utime(adapter, (later, later))
     _, calls, _ = cross_validate(checkout, **places)
     assert [call for call in calls if "--lora" in call] == ["- evaluate.py --lora runs/a/fold3"]
+    os.utime(adapter, (0, 0))
+    for again in (2, 0):
+        _, calls, _ = cross_validate(checkout, **places, EVALUATE="--max_films 9")
+        assert [call for call in calls if "--max_films 9" in call] == [call for call in calls if "--lora" in call]
+        assert sum("--lora" in call for call in calls) == again
 
 
 def test_a_fold_that_fails_ends_it(checkout: Path) -> None:
