@@ -85,6 +85,7 @@ from utils.report import (
     contact_sheet,
     decoder_table,
     distribution_table,
+    draw_folds,
     draw_noise_levels,
     followed_table,
     groups_table,
@@ -1052,8 +1053,14 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     if against is not None:
         tables.append(against_table(record["against"]))
     rest = [name for name in summary if name not in first]
-    page = [html_table(*table, DEFINITIONS) for table in tables]
-    page += [html_table(heads, [line(name) for name in rest]), f"<p>free/...: {html.escape(FREE_SAMPLES_NOTE)}</p>"]
+    draw_folds(output_dir / "folds.png", record)
+    page = [html_picture(output_dir / "folds.png"), *(html_table(*table, DEFINITIONS) for table in tables)]
+    page += [f"<h2>Fold {numbers[0]}, its first films</h2>", html_picture(folders[0] / "films.png")]
+    page += [
+        "<h2>All figures</h2>",
+        html_table(heads, [line(name) for name in rest]),
+        f"<p>free/...: {html.escape(FREE_SAMPLES_NOTE)}</p>",
+    ]
     page += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
     write_bytes(output_dir / "report.html", html_page(title, page).encode())
     print(title)

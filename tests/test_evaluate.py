@@ -1,5 +1,6 @@
 """Evaluation on tiny runs: only held-out films, honest floors, and folds put together right."""
 
+import base64
 import json
 import shutil
 import statistics
@@ -327,6 +328,9 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
     assert summary["against"]["alignment"]["pneumonia"] == {"gain": 0.0, "interval": [0.0, 0.0]}
     page = (tmp_path / "report.html").read_text()
     assert "AUROC of captions: pneumonia" in page
+    assert page.count("data:image/png;base64,") == 2
+    for folder, name in ((tmp_path, "folds.png"), (read_runs / "fold0" / "evaluation", "films.png")):
+        assert base64.b64encode((folder / name).read_bytes()).decode() in page
     assert "as many real films" in page
 
 

@@ -165,6 +165,52 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def draw_folds(path: Path, summary: dict) -> None:
+    """Draw a cross-validation: SSIM of rebuilt films by fold between its bounds, and AUROC of what captions assert.
+
+    Args:
+        path: of the PNG.
+        summary: content of `summary.json`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = summary["alignment"].get("labels", {})
+    figure = Figure(figsize=(12, max(4, 1 + 0.45 * len(labels))), layout="constrained")
+    FigureCanvasAgg(figure)
+    ssim, auroc = figure.subplots(1, 2) if labels else (figure.subplots(), None)
+    places = np.arange(len(summary["folds"]))
+    for name, label, style in (
+        ("bound/ssim/ceiling", "autoencoder's round trip (ceiling)", "g_"), ("adapter/ssim/0.5", "adapter", "C0o"),
+        ("base/ssim/0.5", "base without LoRA", "C1s"), ("bound/ssim/mean_film", "mean training film (floor)", "r_"),
+    ):  # fmt: skip
+        ssim.plot(
+            places, summary["figures"][name]["by_fold"], style, markersize=12 if "_" in style else 7, label=label
+        )
+    ssim.set(title="SSIM of films rebuilt from half the noise", xticks=places)
+    ssim.set_xticklabels([f"fold {number}" for number in summary["folds"]])
+    ssim.legend(fontsize=8)
+    for row, figures in enumerate(reversed(list(labels.values()))):
+        low, high = figures["shuffled"]["interval"]
+        auroc.barh(
+            row, high - low, left=low, height=0.7, color="0.9", label="captions shuffled (floor)" if row == 0 else None
+        )
+        for shift, (kind, label, style) in zip((0.2, 0.0, -0.2), (
+            ("real", "the real films (ceiling)", "g^"), ("generated", "adapter", "C0o"), ("base", "base without LoRA", "C1s")
+        ), strict=True):  # fmt: skip
+            mean, ends = figures[kind]["mean"], figures[kind]["interval"] or [figures[kind]["mean"]] * 2
+            reach = [[mean - ends[0]], [ends[1] - mean]]
+            auroc.errorbar(mean, row + shift, xerr=reach, fmt=style, capsize=2, label=label if row == 0 else None)
+    if labels:
+        auroc.set(title="AUROC of what captions assert, 95 % by patient", yticks=range(len(labels)))
+        auroc.set_yticklabels(list(reversed(labels)))
+        auroc.axvline(0.5, color="0.5", linewidth=0.8)
+        auroc.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    write_bytes(path, buffer.getvalue())
+
+
 def with_interval(stat: dict | None, digits: int) -> str:
     """Return "0.76 [0.75, 0.77]" for a `mean` and its `interval`, the mean alone where that is None, "" for None."""
     if stat is None:
