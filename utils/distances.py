@@ -17,7 +17,7 @@ from utils.refusal import Refused
 
 NEIGHBOURS_KEPT = 20  # so that after any half of the films is left out one is nearly always among them
 EXACT = "donot_use_mm_for_euclid_dist"  # by matrix products a copy would not lie at exactly 0
-CHUNK = 1024  # rows of a matrix of distances or kernels at a time
+CHUNK = 256  # rows of a matrix of distances or kernels at a time
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
