@@ -8,12 +8,15 @@ Of one fold:
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
     readings.jsonl       by film what its caption asserts, and how strongly that is read in generated and real films
+    captions.txt         the captions of training that move the prediction furthest, first those to be looked at
     features.safetensors the same films as points, for pooling
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
     nearest.png          the generated films that are most like a training film. It shows patients, too
     findings.png         for sets with drawn findings: prompted findings as drawn, by the base, by the adapter
     noise_levels.png     what the adapter gained over the base, by noise level
     report.html          all of it on one page, those pictures included
+
+Films, captions and readings are of patients where the set is; the page of all folds shows none.
 
 How well does the model predict noise (MSE by timestep)? How well does it rebuild a real film from a known amount of
 noise (SSIM, PSNR, MS-SSIM), between the mean training film and the autoencoder's own round trip? How near does a free
@@ -51,7 +54,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from utils.alignment import SIDE, Readers, agreement, agreement_gain, assertions, compare_pairs, counterparts
+from utils.alignment import (
+    SIDE,
+    Asked,
+    LinearProbes,
+    agreement,
+    agreement_gain,
+    assertions,
+    compare_pairs,
+    counterparts,
+    is_finding,
+)
 from utils.audit import audit, caption_pull, compare_pulls, suspects
 from utils.card import terms_of, write_card
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
@@ -98,8 +111,8 @@ from utils.report import (
     pairs_table,
     save_png,
     settings_table,
-    use_over_folds_table,
-    use_table,
+    tstr_over_folds_table,
+    tstr_table,
     with_interval,
 )
 from utils.runlog import package_versions
@@ -145,23 +158,25 @@ TOO_GOOD_NOTE = (
 )
 DECODER_NOTE = (
     "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
-    "own; so the gains are of both. Films that are read for findings are decoded with it, the base's too. Normalised: from "
+    "own; so the gains are of both. Where an encoder reads prompted findings the base's films are decoded with it, too; in all other tables with its own. Normalised: from "
     "the mean training film (0) to the round trip of the same decoder (1)."
 )
 ALIGNMENT_NOTE = (
-    "Area under the ROC curve (0.5: chance) of logistic regressions that were fitted on the training patients' films and read "
-    "what captions of held-out films assert: in films generated from them, in the real films (the ceiling: no film need show "
-    "more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). 95 % intervals "
-    "by patient. Findings are the table's; man, AP, left and age are the caption's own words."
+    "Area under the ROC curve (0.5: chance) of linear probes, logistic regressions fitted on the training patients' real films, "
+    "which read what is known of held-out films: in films generated from their captions, in the real films (the ceiling: no "
+    "film need show more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). "
+    "95 % intervals by patient, none with fewer than 10 patients of a kind; one without width says that the kinds are apart, not "
+    "that more films would be. Findings are the table's, whether a caption names them or not; man, AP, left and age are the "
+    "caption's own words."
 )
 PAIRS_NOTE = (
     "Two captions of held-out films, as alike in view, sex and age as there are, one with findings and one without, drawn from "
     "the same noise: how often the finding is read more strongly where it was asked for (chance 0.5), and how often between "
-    "the two real films."
+    "the two real films. 95 % intervals over patients (Wilson)."
 )
-USE_NOTE = (
+TSTR_NOTE = (
     "AUROC on held-out real films of classifiers that were fitted on so many real films of training patients, on as many "
-    "generated from their captions, on both, and on all real training films. Regularisation is the same for all, chosen by "
+    "generated from their captions, on both, and on the training films at hand, up to 10,000. Regularisation is the same for all, chosen by "
     "cross-validation within the training patients' real films."
 )
 SHOWN = 6  # films in films.png
@@ -169,6 +184,7 @@ SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
 MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
+MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
 MOST_PAIRS = 64  # of captions with and without findings
 LEAST_PATIENTS = 10  # of a group whose figures have an interval
 
@@ -327,7 +343,15 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             caption_pull, unet, text_encoder, empty_ids=tokenize(base.tokenizer, [""]), latent_shape=bank.latents.shape[1:],
             timestep=noise_scheduler.config.num_train_timesteps - 1, batch_size=args.batch_size, device=device,
         )  # fmt: skip
-        pulls = [pull(input_ids=tokenize(base.tokenizer, [row["text"] for row in part])) for part in (known, unknown)]
+        known_captions = {row["text"] for row in training_rows}
+        of_training, of_others = (
+            list(dict.fromkeys(row["text"] for row in draw_rows(rows, MOST_CAPTIONS, args.seed)))
+            for rows in (training_rows, [row for row in held_out_rows if row["text"] not in known_captions])
+        )
+        pulls = [
+            pull(input_ids=tokenize(base.tokenizer, part)) if part else torch.empty(0)
+            for part in (of_training, of_others)
+        ]
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -343,9 +367,10 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     measured_names = {row["file_name"] for row in measured_rows}
     measured_rows = measured_rows + [row for row in known if row["file_name"] not in measured_names]
     drawn = Drawn(
-        held_out_rows, measured_rows, known, unknown, {row["text"] for row in training_rows}, bank,
-        FilmDataset(data_dir, measured_rows, resolution, interpolation), mean, generated, of_base, of_known, varied,
-        without_findings, pairs,
+        held_out_rows=held_out_rows, training_rows=measured_rows, known=known, unknown=unknown,
+        training_captions=known_captions, bank=bank,
+        training_films=FilmDataset(data_dir, measured_rows, resolution, interpolation), mean=mean, generated=generated,
+        of_base=of_base, of_known=of_known, varied=varied, without_findings=without_findings, pairs=pairs,
     )  # fmt: skip
     scores |= score_free_samples(drawn, args.seed)
     levels = noise_levels(noise_scheduler)
@@ -362,6 +387,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "sampling": {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale},
         "mixed_precision": accelerator.mixed_precision,
         "features": space.name,
+        "features_note": space.note,
         "num_folds": config["num_folds"],
         "resolution": resolution,
         "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
@@ -374,7 +400,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         metrics["prompt_followed"] = followed
     of_sets, features, readings, nearest = summarise_sets(drawn, space, resolution, args.seed)
     metrics |= of_sets
-    metrics["memorisation"]["captions"], strongest = compare_pulls(*pulls, args.seed, SHOWN_SUSPECTS)
+    metrics["memorisation"]["captions"] = compare_pulls(*pulls, args.seed)
+    suspected = pulls[0].argsort(descending=True, stable=True)[:SHOWN_SUSPECTS].tolist()
+    write_bytes(output_dir / "captions.txt", "".join(f"{of_training[i]}\n" for i in suspected).encode())
     groups = subgroups(held_out_rows, drawn.training_captions)
     metrics["by_group"] = summarise_groups(scores, groups, bank.patients, levels, args.seed)
 
@@ -393,9 +421,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     if reads_findings:
         save_png(output_dir / "findings.png", findings_sheet)
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
-    tables, said = report_fold(metrics, space.note)
-    captions_of = [known[i]["text"] for i in strongest]
-    write_fold_page(output_dir, metrics, tables, said, captions_of, terms_of(config["base"], data_dir))
+    tables, said = report_fold(metrics)
+    write_fold_page(output_dir, metrics, tables, said, terms_of(config["base"], data_dir))
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
     if args.output_dir is None and (run_dir / "README.md").is_file():
         write_card(run_dir, data_dir)  # with what the audit found
@@ -464,7 +491,7 @@ def summarise_sets(
     """Measure films as points in a feature space, and compare sets of them.
 
     Returns:
-        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual` and `use` of `metrics.json`; the
+        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual` and `tstr` of `metrics.json`; the
         features of held-out and generated films; rows of `readings.jsonl`; and the suspects of `audit.suspects`.
     """
     bank, measure = drawn.bank, partial(measure_films, space)
@@ -510,7 +537,7 @@ def summarise_sets(
     )  # fmt: skip
     nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
 
-    # What captions assert, read in films by regressions that the training patients' films were fitted to
+    # What captions assert, read in films by linear probes that were fitted on the training patients' films
     readable = {name: measured["readable"] for name, measured in spaces.items()}
     mirrored = {}
     if any(SIDE in told for told in assertions(drawn.held_out_rows)):
@@ -518,20 +545,20 @@ def summarise_sets(
         mirrored = {name: measure(of, counts[name])["readable"] for name, of in flipped.items()}
     for part in (readable, mirrored) if mirrored else (readable,):
         part["known_real"] = part["training"][of_trained]
-    readers = Readers(drawn.training_rows, drawn.held_out_rows, readable, mirrored, seed)
-    read = {name: readers.read(name) for name in ("generated", "base", "held_out", "counterpart") if name in readable}
+    probes = LinearProbes(drawn.training_rows, drawn.held_out_rows, readable, mirrored, seed)
+    read = {name: probes.read(name) for name in ("generated", "base", "held_out", "counterpart") if name in readable}
     asserted = assertions(drawn.held_out_rows)
     is_new = [caption not in drawn.training_captions for caption in captions]
     scores = {"generated": read["generated"], "base": read["base"], "real": read["held_out"]}
-    metrics["alignment"] = {"readers": len(readers.labels)} | agreement(asserted, scores, bank.patients, is_new, seed)
+    metrics["alignment"] = agreement(Asked(asserted, bank.patients, seed=seed), scores, is_new)
     metrics["counterfactual"] = (
         compare_pairs(
             drawn.held_out_rows, drawn.pairs,
             {"generated": {label: of[[i for i, _ in drawn.pairs]] for label, of in read["generated"].items()},
-             "counterpart": read["counterpart"], "real": read["held_out"]}, seed,
+             "counterpart": read["counterpart"], "real": read["held_out"]},
         ) if drawn.pairs else {}
     )  # fmt: skip
-    metrics["use"] = readers.use(drawn.known, drawn.held_out_rows)
+    metrics["tstr"] = probes.tstr(drawn.known, drawn.held_out_rows)
     readings = [
         {"file_name": row["file_name"], "patient_id": patient, "new_caption": new, "asserted": told}
         | {kind: {label: float(of[i]) for label, of in by_label.items()} for kind, by_label in scores.items()}
@@ -569,15 +596,16 @@ def draw_pictures(
     save_png(output_dir / "nearest.png", sheet)
 
 
-def report_fold(
-    metrics: dict, space_note: str
-) -> tuple[dict[str, tuple[tuple[list[str], list[list[str]]], str]], list[str]]:
+def report_fold(metrics: dict) -> tuple[dict[str, tuple[tuple[list[str], list[list[str]]], str]], list[str]]:
     """Return what is worth a table, by title: the table and what it means; and what is said in sentences."""
-    tables = {}
+    tables, space = {}, f"Features: {metrics['features_note']}."
     if "prompt_followed" in metrics:
         tables["Are prompts followed?"] = followed_table(metrics), FOLLOWED_NOTE
     if "labels" in metrics["alignment"]:
-        tables["Do films show what their captions say?"] = alignment_table(metrics["alignment"]), ALIGNMENT_NOTE
+        tables["Do films show what their captions say?"] = (
+            alignment_table(metrics["alignment"]),
+            f"{ALIGNMENT_NOTE} {space}",
+        )
     if metrics["counterfactual"]:
         tables["The same noise, with the finding and without"] = pairs_table(metrics["counterfactual"]), PAIRS_NOTE
     if "vae_decoder" in metrics:
@@ -585,42 +613,32 @@ def report_fold(
     tables["Films rebuilt, and noise predicted"] = headline_table(metrics), FREE_SAMPLES_NOTE
     if "films" in metrics["distribution"]:
         too_good = [TOO_GOOD_NOTE] if "generated" in metrics["distribution"]["too_good"] else []
-        note = " ".join([*too_good, DISTRIBUTION_NOTE, f"Here: {space_note}."])
+        note = " ".join([*too_good, DISTRIBUTION_NOTE, space])
         tables["Generated films as a set"] = distribution_table(metrics), note
-    if metrics["use"]:
-        tables["Trained on generated films, tested on real ones"] = use_table(metrics["use"]), USE_NOTE
+    if metrics["tstr"]:
+        tables["Trained on generated films, tested on real ones"] = tstr_table(metrics["tstr"]), f"{TSTR_NOTE} {space}"
     if metrics["by_group"]:
         tables["For whom"] = groups_table(metrics), ""
-    said = [
-        variety_in_words(metrics),
-        in_words(metrics["memorisation"]),
-        pulls_in_words(metrics["memorisation"]["captions"]),
-    ]
+    said = [variety_in_words(metrics), in_words(metrics["memorisation"])]
     if "films" in metrics["distribution"] and "generated" in metrics["distribution"]["too_good"]:
         said.append(TOO_GOOD_NOTE)
     return tables, said
 
 
-def write_fold_page(
-    output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], captions: Sequence[str], terms: Sequence[str]
-) -> None:
+def write_fold_page(output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], terms: Sequence[str]) -> None:
     """Write report.html: the pictures first, then the tables, then how it was measured.
 
     Args:
         tables, said: as `report_fold` returns them.
-        captions: of training, those that pull hardest.
         terms: licences of base and films.
     """
     pictures = ["films", *(["findings"] if "prompt_followed" in metrics else []), "noise_levels"]
-    parts = [html_picture(output_dir / f"{name}.png") for name in pictures]
+    parts = ["<p>Shows films and captions of the set: if they are of patients, not to be shared.</p>"]
+    parts += [html_picture(output_dir / f"{name}.png") for name in pictures]
     for title, (table, note) in tables.items():
         parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(note)}</p>"]
     parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
-    parts += [
-        "<p>Captions of training that pull hardest:</p><ol>",
-        *(f"<li>{html.escape(text)}</li>" for text in captions),
-    ]
-    parts += ["</ol>", html_picture(output_dir / "nearest.png")]
+    parts.append(html_picture(output_dir / "nearest.png"))
     parts += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
     parts += ["<h2>Settings, data and terms</h2>", html_table(*settings_table(metrics, terms))]
     title = f"Fold {metrics['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients"
@@ -869,16 +887,6 @@ def gain_of(name: str, adapter, base):
     return base - adapter if name.startswith("mse") else adapter - base
 
 
-def pulls_in_words(part: dict) -> str:
-    """Return whether captions of training are recognised, as a sentence; `part` as `audit.compare_pulls` returns it."""
-    low, high = part["interval"]
-    return (
-        f"Captions: in {part['probability']:.2f} [{low:.2f}, {high:.2f}] of pairs one of {part['captions']} training captions moves "
-        f"the prediction from pure noise further than one of as many held-out captions (0.5: not recognised); "
-        f"{part['beyond']:.1%} of them further than 99 % of held-out ones do."
-    )
-
-
 def variety_in_words(metrics: dict) -> str:
     """Return how alike films of one caption are, beside real films, as a sentence."""
     part = metrics["variety"]
@@ -932,44 +940,38 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
 
 
 def read_readings(folders: Sequence[Path]) -> list[dict]:
-    return [row for folder in folders for row in read_jsonl(folder / "readings.jsonl")]
+    """Return the rows of `readings.jsonl` of all folds, each with the place of its fold as `fold`."""
+    return [
+        row | {"fold": fold} for fold, folder in enumerate(folders) for row in read_jsonl(folder / "readings.jsonl")
+    ]
+
+
+def asked_of(readings: Sequence[dict], seed: int) -> Asked:
+    """Return the films of all folds and what is asked about them."""
+    asserted, patients, folds = ([row[name] for row in readings] for name in ("asserted", "patient_id", "fold"))
+    return Asked(asserted, patients, folds, seed)
 
 
 def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
-    """Return the log-odds of one kind of films by label, [N], of the labels that have readers in every fold."""
-    labels = [label for label in readings[0][kind] if all(label in row[kind] for row in readings)]
-    return {label: np.array([row[kind][label] for row in readings]) for label in labels}
+    """Return the log-odds of one kind of films by label, [N], NaN in folds whose films could not carry a probe of it."""
+    labels = sorted({label for row in readings for label in row[kind]})
+    return {label: np.array([row[kind].get(label, math.nan) for row in readings]) for label in labels}
 
 
-def pool_readings(readings: Sequence[dict], seed: int) -> dict:
-    """Return `alignment.agreement` over the films of all folds.
+def spread_over_folds(parts: Sequence[dict]) -> dict | None:
+    """Return mean, standard deviation and values by fold of what `LinearProbes.tstr` found, over the findings of all folds.
 
-    Each fold's log-odds are of readers of its own, fitted on the same kind of films in the same way.
+    Returns:
+        `findings`, their names, and by kind of film `mean`, `sd` and `by_fold`. None where folds share no finding.
     """
-    scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}
-    asserted, patients = [row["asserted"] for row in readings], [row["patient_id"] for row in readings]
-    return agreement(asserted, scores, patients, [row["new_caption"] for row in readings], seed)
-
-
-def compare_readings(readings: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
-    """Return `alignment.agreement_gain` of the first cross-validation's films over the second's."""
-    other_of = {row["file_name"]: row for row in others}
-    one, other = (
-        columns_of(rows, "generated") for rows in (readings, [other_of[row["file_name"]] for row in readings])
-    )
-    asserted, patients = [row["asserted"] for row in readings], [row["patient_id"] for row in readings]
-    return agreement_gain(asserted, one, other, patients, seed)
-
-
-def spread_over_folds(figures: Sequence[dict]) -> dict:
-    """Return mean, standard deviation and values by fold of figures of all folds, None where a fold has none."""
-    spread = {}
-    for name in figures[0]:
-        values = [fold[name]["mean"] for fold in figures if fold[name]]
-        whole = len(values) == len(figures)
-        spread[name] = (
-            {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values} if whole else None
-        )
+    findings = [label for label in parts[0].get("labels", {}) if is_finding(label)]
+    findings = [label for label in findings if all(label in part.get("labels", {}) for part in parts)]
+    if not findings:
+        return None
+    spread: dict = {"findings": findings}
+    for kind in parts[0]["labels"][findings[0]]:
+        values = [statistics.fmean(part["labels"][label][kind]["mean"] for label in findings) for part in parts]
+        spread[kind] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values}
     return spread
 
 
@@ -1004,9 +1006,9 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
     }  # fmt: skip
     readings = read_readings(folders)
-    record["alignment"] = pool_readings(readings, seed)
-    if all(fold["use"] for fold in folds):
-        record["use"] = spread_over_folds([fold["use"]["mean"] for fold in folds])
+    scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}
+    record["alignment"] = agreement(asked_of(readings, seed), scores, [row["new_caption"] for row in readings])
+    record["tstr"] = spread_over_folds([fold["tstr"] for fold in folds])
     features = [load_file(folder / "features.safetensors") for folder in folders]
     real, generated = (torch.cat([fold[name] for fold in features]) for name in ("held_out", "generated"))
     record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
@@ -1014,11 +1016,16 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     )
     if against is not None:
         other_folds, others, other_folders = read_folds(against)
-        for name in ("data_hash", "resolution", "num_folds"):
+        for name in ("data_hash", "resolution", "num_folds", "features"):
             if folds[0][name] != other_folds[0][name]:
                 raise Refused(f"{out} and {against} differ in {name}; only runs on the same films compare")
         record["against"] = compare_runs(films, [row for rows in others for row in rows], seed)
-        record["against"]["alignment"] = compare_readings(readings, read_readings(other_folders), seed)
+        record["against"]["alignment"] = {}
+        sizes = {fold["settings"]["max_train_samples"] for fold in (folds[0], other_folds[0])}
+        if len(sizes) == 1:  # else the probes would differ, not only the films
+            other_of = {row["file_name"]: row for row in read_readings(other_folders)}
+            others = columns_of([other_of[row["file_name"]] for row in readings], "generated")
+            record["against"]["alignment"] = agreement_gain(asked_of(readings, seed), scores["generated"], others)
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
@@ -1048,14 +1055,15 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         tables.append(halves_table(record["distribution"]))
     if "labels" in record["alignment"]:
         tables.append(alignment_table(record["alignment"]))
-    if "use" in record:
-        tables.append(use_over_folds_table(record["use"], numbers, [fold["use"]["films"] for fold in folds]))
+    if record["tstr"]:
+        tables.append(tstr_over_folds_table(record["tstr"], numbers))
     if against is not None:
         tables.append(against_table(record["against"]))
     rest = [name for name in summary if name not in first]
-    draw_folds(output_dir / "folds.png", record)
+    draw_folds(output_dir / "folds.png", record, HEADLINE)
     page = [html_picture(output_dir / "folds.png"), *(html_table(*table, DEFINITIONS) for table in tables)]
-    page += [f"<h2>Fold {numbers[0]}, its first films</h2>", html_picture(folders[0] / "films.png")]
+    notes = [ALIGNMENT_NOTE, TSTR_NOTE, f"Features: {folds[0]['features_note']}."]
+    page += [f"<p>{html.escape(note)}</p>" for note in notes]
     page += [
         "<h2>All figures</h2>",
         html_table(heads, [line(name) for name in rest]),

@@ -202,7 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--input_perturbation", type=float, default=0.0, help="standard deviation of noise beside the target's [0]")
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
     add("--sentence_dropout", type=float, default=0.0, help="share of sentences, but the first, left out [0]")
-    add("--shuffle_captions", action="store_true", help="a control: train every film with another film's caption")
+    add("--shuffle_captions", action="store_true", help="a control: deal the training films' captions out at random")
 
     add = parser.add_argument_group("decoder").add_argument
     add("--adapt_decoder_steps", type=int, default=0, help="steps of 8 films that the decoder learns from first [0]")
@@ -336,6 +336,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(
             "--export kohya with --use_dora; A1111 and ComfyUI compute DoRA otherwise, so leave out one of the two"
         )
+    if args.shuffle_captions and args.push_to_hub:
+        raise Refused("--shuffle_captions with --push_to_hub; a control knows nothing of its captions and stays here")
     if args.compile and args.use_dora:
         raise Refused("--compile with --use_dora; peft's DoRA cannot be compiled whole, so leave out one of the two")
     for flag in ("gradient_checkpointing", "lora_dropout"):

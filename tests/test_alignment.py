@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 from utils.alignment import (
     AGE_LABEL,
     SIDE,
-    Readers,
+    Asked,
+    LinearProbes,
     agreement,
     agreement_gain,
     assertions,
     compare_pairs,
     counterparts,
-    fit_reader,
-    readable_labels,
+    fit_probe,
+    labels_in_all,
 )
 from utils.folds import patient_of
 
@@ -42,9 +45,9 @@ def features_of(rows: list[dict], seed: int, noise: float = 0.5) -> torch.Tensor
     return torch.cat([told + noise * rest[:, :3], rest[:, 3:]], dim=1)
 
 
-def readers_of(training: list[dict], held_out: list[dict], **more: torch.Tensor) -> Readers:
+def probes_of(training: list[dict], held_out: list[dict], **more: torch.Tensor) -> LinearProbes:
     features = {"training": features_of(training, 1), "held_out": features_of(held_out, 2)} | more
-    return Readers(training, held_out, features, {}, seed=0)
+    return LinearProbes(training, held_out, features, {}, seed=0)
 
 
 def test_captions_assert_findings_and_what_their_words_say() -> None:
@@ -52,32 +55,37 @@ def test_captions_assert_findings_and_what_their_words_say() -> None:
         {"text": "AP chest radiograph of a 71-year-old woman. Left effusion.", "findings": ["effusion"]},
         {"text": "PA chest radiograph of a 59 year old male.", "findings": []},
         {"text": "Chest radiograph. Left and right effusions; a leftover. Human. APPARENT."},
+        {"text": "PA view of a man. No left effusion. Right nodule. AP diameter as before.", "view": "PA", "sex": "F"},
+        {"text": "The AP diameter is large.", "view": "PA"},
     ]
-    first, second, third = assertions(rows)
+    first, second, third, fourth, fifth = assertions(rows)
     assert first == {"effusion": True, "man, not woman": False, "AP, not PA": True, SIDE: True, AGE_LABEL: True}
     assert second == {"effusion": False, "man, not woman": True, "AP, not PA": False, AGE_LABEL: False}
     assert third == {}, "both sides are no side, and words within words none"
+    assert fourth == {SIDE: False}, "what is denied is on no side, and what the table contradicts is not said"
+    assert fifth == {}
 
 
 def test_labels_need_films_and_patients_with_and_without() -> None:
     told = [{"a": i < 8, "b": i < 7, "c": i < 8} for i in range(16)]
-    assert readable_labels((told, [str(i) for i in range(16)])) == ["a", "c"]
-    assert readable_labels((told, ["one"] * 8 + ["another"] * 8)) == []
-    assert readable_labels((told, [str(i) for i in range(16)]), (told[:15], [str(i) for i in range(15)])) == []
+    assert labels_in_all((told, [str(i) for i in range(16)])) == ["a", "c"]
+    assert labels_in_all((told, ["one"] * 8 + ["another"] * 8)) == []
+    assert labels_in_all((told, [str(i) for i in range(16)]), (told[:15], [str(i) for i in range(15)])) == []
 
 
 def test_films_that_show_their_captions_reach_the_ceiling_and_others_the_floor() -> None:
     training, held_out = rows_of(200, "t", 1), rows_of(120, "h", 2)
     patients, asserted = [patient_of(row) for row in held_out], assertions(held_out)
     deaf = features_of(rows_of(120, "h", 3), 4)  # films of other captions
-    readers = readers_of(training, held_out, generated=features_of(held_out, 5), base=deaf)
-    assert readers.labels == ["AP, not PA", "effusion", "mass"]
+    probes = probes_of(training, held_out, generated=features_of(held_out, 5), base=deaf)
+    assert list(probes.by_label) == ["AP, not PA", "effusion", "mass"]
     scores = {
-        kind: readers.read(name) for kind, name in (("generated", "generated"), ("base", "base"), ("real", "held_out"))
+        kind: probes.read(name) for kind, name in (("generated", "generated"), ("base", "base"), ("real", "held_out"))
     }
     is_new = [i % 2 == 0 for i in range(120)]
-    found = agreement(asserted, scores, patients, is_new, seed=0)
-    assert set(found["labels"]) == set(readers.labels)
+    asked = Asked(asserted, patients)
+    found = agreement(asked, scores, is_new)
+    assert set(found["labels"]) == set(probes.by_label)
     for figures in (*found["labels"].values(), found["mean"]):
         low, high = figures["generated"]["interval"]
         assert 0.8 < low <= figures["generated"]["mean"] <= high
@@ -88,28 +96,57 @@ def test_films_that_show_their_captions_reach_the_ceiling_and_others_the_floor()
     assert found["labels"]["mass"]["films"] == 120
     assert found["labels"]["mass"]["positive"] == sum("mass" in row["findings"] for row in held_out)
     assert found["labels"]["mass"]["new"] == 60
-    few = agreement(asserted, scores, patients, [i < 9 for i in range(120)], seed=0)
+    few = agreement(asked, scores, [i < 9 for i in range(120)])
     assert few["labels"]["mass"]["new_captions"] is None
-    assert agreement(asserted, {"generated": {}, "base": {}, "real": {}}, patients, is_new, seed=0) == {}
+    assert few["mean"]["new_captions"] is None, "a mean over fewer findings is another figure"
+    assert agreement(asked, {"generated": {}, "base": {}, "real": {}}, is_new) == {}
+
+
+def test_folds_are_scored_each_by_itself() -> None:
+    """Probes of two folds may differ by any offset, and findings be oftener in one: neither is agreement."""
+    generator = np.random.default_rng(0)
+    folds = np.repeat([0, 1], 150)
+    truth = generator.random(300) < np.where(folds == 0, 0.2, 0.6)
+    asserted, patients = [{"mass": bool(value)} for value in truth], [str(i) for i in range(300)]
+    asked = Asked(asserted, patients, folds.tolist())
+    deaf, told = generator.normal(size=300), truth + generator.normal(size=300)
+    for scores, expected in ((deaf, 0.5), (told, 0.76)):
+        shifted = scores + np.where(folds == 1, 3.0, 0.0)
+        by_fold = [roc_auc_score(truth[folds == fold], scores[folds == fold]) for fold in (0, 1)]
+        pairs = [truth[folds == fold].sum() * (~truth[folds == fold]).sum() for fold in (0, 1)]
+        found = asked.auroc({"mass": shifted}, "mass")
+        assert found["mean"] == pytest.approx(np.average(by_fold, weights=pairs))
+        assert found["interval"][0] < expected < found["interval"][1]
+        assert found == asked.auroc({"mass": scores}, "mass")
+    floor, _ = asked.shuffled({"mass": deaf + 3.0 * folds})
+    assert floor["mass"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert Asked(asserted, patients).auroc({"mass": deaf + 3.0 * folds}, "mass")["mean"] > 0.6
+    unread = np.where(folds == 1, np.nan, deaf)
+    assert asked.auroc({"mass": unread}, "mass")["mean"] == pytest.approx(roc_auc_score(truth[:150], deaf[:150]))
+
+
+def test_few_patients_of_a_kind_have_no_interval() -> None:
+    asserted = [{"mass": i < 9} for i in range(40)]
+    scores = {"mass": np.arange(40.0)}
+    assert Asked(asserted, [str(i) for i in range(40)]).auroc(scores, "mass") == {"mean": 0.0, "interval": None}
+    assert Asked(asserted, [str(i) for i in range(40)]).mean_auroc(scores)["interval"] is None
 
 
 def test_the_gain_of_one_set_over_another_is_paired() -> None:
     training, held_out = rows_of(200, "t", 1), rows_of(120, "h", 2)
-    patients, asserted = [patient_of(row) for row in held_out], assertions(held_out)
-    readers = readers_of(
+    probes = probes_of(
         training, held_out, generated=features_of(held_out, 5), base=features_of(rows_of(120, "h", 3), 4)
     )
-    one, other = readers.read("generated"), readers.read("base")
-    assert all(
-        of == {"gain": 0.0, "interval": [0.0, 0.0]} for of in agreement_gain(asserted, one, one, patients, 0).values()
-    )
-    gains = agreement_gain(asserted, one, other, patients, 0)
+    one, other = probes.read("generated"), probes.read("base")
+    asked = Asked(assertions(held_out), [patient_of(row) for row in held_out])
+    assert all(of == {"gain": 0.0, "interval": [0.0, 0.0]} for of in agreement_gain(asked, one, one).values())
+    gains = agreement_gain(asked, one, other)
     assert list(gains) == ["mean over findings", "AP, not PA", "effusion", "mass"]
     assert gains["mean over findings"]["gain"] == pytest.approx(
         (gains["effusion"]["gain"] + gains["mass"]["gain"]) / 2
     )
     assert gains["mean over findings"]["interval"][0] > 0.2
-    reverse = agreement_gain(asserted, other, one, patients, 0)
+    reverse = agreement_gain(asked, other, one)
     assert reverse["mass"]["gain"] == pytest.approx(-gains["mass"]["gain"])
 
 
@@ -117,9 +154,9 @@ def test_a_mirrored_film_is_read_for_the_other_side() -> None:
     generator = np.random.default_rng(0)
     truth = generator.random(60) < 0.5
     features = generator.normal(size=(60, 4)) + np.where(truth, 1.0, -1.0)[:, None]
-    reader = fit_reader(features, truth, [str(i) for i in range(60)], seed=0, mirrored=True)
-    np.testing.assert_allclose(reader.decision_function(-features), -reader.decision_function(features))
-    assert reader["regression"].intercept_ == 0
+    probe = fit_probe(features, truth, [str(i) for i in range(60)], seed=0, mirrored=True)
+    np.testing.assert_allclose(probe.decision_function(-features), -probe.decision_function(features))
+    assert probe["regression"].intercept_ == 0
 
 
 def test_sides_are_read_from_a_film_less_its_mirror_image() -> None:
@@ -127,13 +164,16 @@ def test_sides_are_read_from_a_film_less_its_mirror_image() -> None:
         {"file_name": f"{i}", "patient_id": f"{i}", "text": f"{'Left' if i % 2 else 'Right'} effusion."}
         for i in range(40)
     ]
-    plain = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     side = torch.tensor([1.0 if i % 2 else -1.0 for i in range(40)])
-    mirrored = plain - 2 * side[:, None]
-    kinds = ("training", "held_out")
-    readers = Readers(rows, rows, dict.fromkeys(kinds, plain), dict.fromkeys(kinds, mirrored), seed=0)
-    assert readers.labels == [SIDE]
-    assert ((readers.read("held_out")[SIDE] > 0) == (side.numpy() > 0)).all()
+    plain, mirrored = {}, {}
+    for seed, kind in enumerate(("training", "held_out")):
+        plain[kind] = 5 * torch.randn(40, 4, generator=torch.Generator().manual_seed(seed))
+        mirrored[kind] = (
+            plain[kind] - 2 * side[:, None] + 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(9))
+        )
+    probes = LinearProbes(rows, rows, plain, mirrored, seed=0)
+    assert list(probes.by_label) == [SIDE]
+    assert ((probes.read("held_out")[SIDE] > 0) == (side.numpy() > 0)).all()
 
 
 def test_classifiers_learn_from_generated_films_what_those_show() -> None:
@@ -142,13 +182,13 @@ def test_classifiers_learn_from_generated_films_what_those_show() -> None:
     known = training[::2]
     real = features_of(training, 1)[::2]
     for generated, low, high in ((features_of(known, 7), 0.85, 1.0), (features_of(rows_of(100, "x", 9), 8), 0.2, 0.7)):
-        part = readers_of(training, held_out, known=generated, known_real=real).use(known, held_out)
+        part = probes_of(training, held_out, known=generated, known_real=real).tstr(known, held_out)
         assert part["films"] == 100
         for figures in (part["mean"], part["labels"]["effusion"]):
             assert low <= figures["synthetic"]["mean"] <= high
             assert figures["real"]["mean"] > 0.85
             assert figures["all_real"]["interval"][0] > 0.8
-    assert readers_of(training, held_out, known=real[:4], known_real=real[:4]).use(known[:4], held_out) == {}
+    assert probes_of(training, held_out, known=real[:4], known_real=real[:4]).tstr(known[:4], held_out) == {}
 
 
 def test_counterparts_are_of_other_patients_and_as_alike_as_there_are() -> None:
@@ -162,6 +202,8 @@ def test_counterparts_are_of_other_patients_and_as_alike_as_there_are() -> None:
         {"patient_id": "f"},
     ]
     assert counterparts(rows, 10, seed=0) == [(0, 4)]
+    another = {"patient_id": "a", "findings": ["mass"], "view": "AP", "sex": "F", "age": 60}
+    assert {j for _, j in counterparts([*rows, another], 10, seed=0)} == {3, 4}, "none is taken twice before all are"
     assert counterparts(rows, 0, seed=0) == []
     assert counterparts(rows[:2], 10, seed=0) == []
 
@@ -174,10 +216,19 @@ def test_of_pairs_the_film_with_the_finding_is_read_more_strongly() -> None:
         "counterpart": {"mass": np.array([0.0, 0.0, 1.0, 1.0])},
         "real": {"mass": np.array([1.0] * 4 + [0.0] * 4)},
     }
-    part = compare_pairs(rows, pairs, read, seed=0)
+    part = compare_pairs(rows, pairs, read)
     assert set(part) == {"all", "mass"}
     assert part["mass"] == part["all"]
     assert part["mass"]["pairs"] == 4
     assert part["mass"]["generated"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
-    assert part["mass"]["real"] == {"mean": 1.0, "interval": [1.0, 1.0]}
-    assert compare_pairs(rows, pairs, {kind: {} for kind in read}, seed=0) == {}
+    assert part["mass"]["real"]["mean"] == 1.0
+    assert part["mass"]["real"]["interval"] == pytest.approx(
+        list(binomtest(4, 4).proportion_ci(method="wilson")), abs=1e-4
+    )
+    assert compare_pairs(rows, pairs, {kind: {} for kind in read}) == {}
+    rows[0]["findings"] = ["mass", "nodule"]
+    for kind, low in (("generated", 0.0), ("counterpart", 1.0), ("real", 0.0)):
+        read[kind]["nodule"] = np.full(8, low)
+    part = compare_pairs(rows, pairs, read)
+    assert (part["nodule"]["pairs"], part["all"]["pairs"], part["all"]["counterparts"]) == (1, 4, 4)
+    assert part["all"]["generated"]["mean"] == pytest.approx((0.5 + 1 + 0.5 + 0) / 4)

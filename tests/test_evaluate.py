@@ -300,23 +300,19 @@ def test_what_captions_say_is_read_in_films(read_runs: Path) -> None:
     assert part["shuffled"]["interval"][0] < 0.5 < part["shuffled"]["interval"][1]
     assert set(metrics["alignment"]["mean"]) == {"generated", "base", "real", "shuffled", "new_captions"}
     assert metrics["counterfactual"]["pneumonia"]["pairs"] == 12
-    assert metrics["use"]["films"] == 24
+    assert metrics["tstr"]["films"] == 24
     rows = [json.loads(line) for line in (folder / "readings.jsonl").open()]
     assert len(rows) == 24
     for kind in ("generated", "base", "real"):
         truth, scores = zip(*((row["asserted"]["pneumonia"], row[kind]["pneumonia"]) for row in rows), strict=True)
         assert roc_auc_score(truth, scores) == pytest.approx(part[kind]["mean"])
     page = (folder / "report.html").read_text()
-    for text in (
-        "mean over findings",
-        "ceiling: the real films",
-        "fitted on 24 generated",
-        "Captions of training that pull",
-    ):
+    for text in ("mean over findings", "ceiling: the real films", "generated from 24 captions", "not to be shared"):
         assert text in page
     captions = metrics["memorisation"]["captions"]
-    assert captions["captions"] == 24
-    assert captions["interval"][0] <= captions["probability"] <= captions["interval"][1]
+    assert captions["held_out"] == 24, "every patient is of another age, so every caption is new"
+    assert len((folder / "captions.txt").read_text().splitlines()) == 8
+    assert "move the prediction from pure noise" in page
 
 
 def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
@@ -324,13 +320,22 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     part = summary["alignment"]["labels"]["pneumonia"]
     assert (part["films"], part["positive"]) == (48, 24)
-    assert len(summary["use"]["real"]["by_fold"]) == 2
+    assert len(summary["tstr"]["real"]["by_fold"]) == 2
     assert summary["against"]["alignment"]["pneumonia"] == {"gain": 0.0, "interval": [0.0, 0.0]}
     page = (tmp_path / "report.html").read_text()
     assert "AUROC of captions: pneumonia" in page
-    assert page.count("data:image/png;base64,") == 2
-    for folder, name in ((tmp_path, "folds.png"), (read_runs / "fold0" / "evaluation", "films.png")):
-        assert base64.b64encode((folder / name).read_bytes()).decode() in page
+    assert page.count("data:image/png;base64,") == 1, "films of patients are not on it"
+    assert base64.b64encode((tmp_path / "folds.png").read_bytes()).decode() in page
+    other = Path(shutil.copytree(read_runs, tmp_path / "other"))
+    for path in other.glob("fold*/evaluation/readings.jsonl"):
+        rows = [json.loads(line) for line in path.open()]
+        for row in rows:
+            row["generated"]["pneumonia"] = 1.0 if row["asserted"]["pneumonia"] else -1.0
+        path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    measure("--cross_validation", other, "--against", read_runs, "--output_dir", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["alignment"]["labels"]["pneumonia"]["generated"]["mean"] == 1
+    assert summary["against"]["alignment"]["pneumonia"]["gain"] == pytest.approx(1 - part["generated"]["mean"])
     assert "as many real films" in page
 
 

@@ -213,7 +213,10 @@ def test_a_caption_learnt_by_heart_pulls_harder() -> None:
                    timestep=999, batch_size=2, device=torch.device("cpu"))  # fmt: skip
     pulls = pull(input_ids=ids)
     assert pulls.tolist() == pytest.approx([3 * 4, 27 * 4, 4 * 4], rel=1e-5)  # over 16 numbers
-    record, strongest = compare_pulls(pulls, torch.linspace(10, 20, 10, dtype=torch.float64), seed=0, count=2)
-    assert strongest == [1, 2]
-    assert (record["captions"], record["beyond"]) == (3, pytest.approx(1 / 3))
-    assert record["interval"][0] <= record["probability"] <= record["interval"][1]
+    others = torch.linspace(10, 20, 20, dtype=torch.float64)
+    record = compare_pulls(pulls.repeat(4), others, seed=0)
+    assert (record["training"], record["held_out"]) == (12, 20)
+    above = [(others < pull).double().mean().item() for pull in pulls]
+    assert record["probability"] == pytest.approx(sum(above) / 3)
+    assert record["interval"][0] < record["probability"] < record["interval"][1]
+    assert compare_pulls(pulls, others, seed=0) is None, "three captions say nothing"

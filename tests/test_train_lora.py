@@ -265,7 +265,10 @@ def test_shuffled_captions_are_learnt_and_true_ones_validate(tiny_base: Path, ti
                       for n in ("true", "shuffled"))  # fmt: skip
     assert true["log"][0]["loss"] != shuffled["log"][0]["loss"]
     assert [row["ssim"] for row in true["validation"]][0] == [row["ssim"] for row in shuffled["validation"]][0]
-    assert json.loads((tmp_path / "shuffled" / "config.json").read_text())["settings"]["shuffle_captions"] is True
+    assert "A control, not for use" in (tmp_path / "shuffled" / "README.md").read_text()
+    assert "A control" not in (tmp_path / "true" / "README.md").read_text()
+    with pytest.raises(Refused, match="--shuffle_captions with --push_to_hub"):
+        train(tiny_base, tiny_data, tmp_path / "shuffled", "--shuffle_captions", "--push_to_hub")
 
 
 def test_drawing_samples_changes_no_weight_and_tells_the_tracker(

@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.distances import auroc, memorisation, nearest_neighbours
 from utils.release import verdict
 
+LEAST_CAPTIONS = 10  # of training and of others
 NOISES = 4  # that a caption's pull is the mean over
 
 
@@ -107,15 +108,19 @@ def caption_pull(
     return torch.cat(pulls)
 
 
-def compare_pulls(train: Tensor, held_out: Tensor, seed: int, count: int) -> tuple[dict, list[int]]:
-    """Compare the pull of captions that training saw with that of captions it never saw, one a patient each.
+def compare_pulls(train: Tensor, held_out: Tensor, seed: int) -> dict | None:
+    """Compare the pull of captions that training saw with that of captions it never saw.
+
+    Args:
+        train, held_out: pulls of different captions, [N] and [M].
+        seed: of the bootstrap.
 
     Returns:
-        `probability` that one of training pulls harder, with its 95 % `interval` by caption (0.5: no sign); `beyond`, the
-        share of them that pull harder than 99 % of the others (0.01 is expected); and the places of the strongest.
+        `training` and `held_out`, the numbers N and M; `probability` that a caption of training pulls harder, with its
+        95 % `interval` by caption (0.5: no sign). None for fewer than LEAST_CAPTIONS of either.
     """
+    if min(len(train), len(held_out)) < LEAST_CAPTIONS:
+        return None
     scores, trained = torch.cat([train, held_out]).tolist(), [True] * len(train) + [False] * len(held_out)
     area, ends = auroc(scores, trained, [str(i) for i in range(len(scores))], seed)
-    beyond = (train > held_out.quantile(0.99)).double().mean().item()
-    record = {"captions": len(train), "probability": area, "interval": list(ends), "beyond": beyond}
-    return record, train.argsort(descending=True, stable=True)[:count].tolist()
+    return {"training": len(train), "held_out": len(held_out), "probability": area, "interval": list(ends)}

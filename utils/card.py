@@ -58,7 +58,7 @@ These films chose the step, so the figures flatter; `evaluate.py` measures on th
 
 ## Limits
 
-It knows the findings, views and ages of its captions and nothing else. SSIM says that films are rebuilt well, not that a
+{knows} SSIM says that films are rebuilt well, not that a
 finding is right.
 
 {audit}
@@ -70,6 +70,9 @@ Base model: {license}.
 Data: {data_terms}. {data_terms_in_full}
 """
 
+
+KNOWS = "It knows the findings, views and ages of its captions and nothing else."
+CONTROL = "**A control, not for use: its films were trained on with one another's captions, so no prompt means anything to it.**"
 
 DECODER = """`vae_decoder.safetensors` is the autoencoder's decoder, fitted to the training films, encoder untouched: the round trip
 of the validation films went from SSIM {before[ssim]:.4f}, PSNR {before[psnr]:.2f} dB to {after[ssim]:.4f}, {after[psnr]:.2f} dB. The figures
@@ -138,6 +141,7 @@ def model_card(
         data_terms="; ".join(dict.fromkeys(part["license"] for part in sources)) or "those of the films' owner",
         data_terms_in_full=" ".join(dict.fromkeys(part["terms"] for part in sources)),
         audit=in_words(audit),
+        knows=CONTROL if config["settings"].get("shuffle_captions") else KNOWS,
         license_id=license_id,
         license=license_text,
         best_step=best_step,

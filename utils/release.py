@@ -78,5 +78,17 @@ def in_words(audit: dict | None) -> str:
         f"{audit['references']} training patients, half from those of as many held-out ones, the share nearer to the former "
         f"is {shares}; 0.5 is expected where none is copied. Nearer to one of {audit['training_films']} training films than "
         f"99 % of held-out films are: {copies}. To pass takes {LEAST_FILMS} patients each and upper ends up to {HIGHEST_SHARE}; "
-        f"a lower end beyond {SHOWN_SHARE} is memorisation."
+        f"a lower end beyond {SHOWN_SHARE} is memorisation.{_captions_in_words(audit.get('captions'))}"
+    )
+
+
+def _captions_in_words(part: dict | None) -> str:
+    """Return whether captions of training are recognised, as a sentence; `part` as `audit.compare_pulls` returns it."""
+    if part is None:
+        return ""
+    low, high = part["interval"]
+    return (
+        f" Of {part['training']} training captions and {part['held_out']} that training never saw the former move the prediction "
+        f"from pure noise further in {part['probability']:.2f} [{low:.2f}, {high:.2f}] of pairs; 0.5 is expected where none "
+        "is known by heart."
     )

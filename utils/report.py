@@ -165,12 +165,13 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def draw_folds(path: Path, summary: dict) -> None:
+def draw_folds(path: Path, summary: dict, strength: float) -> None:
     """Draw a cross-validation: SSIM of rebuilt films by fold between its bounds, and AUROC of what captions assert.
 
     Args:
         path: of the PNG.
         summary: content of `summary.json`.
+        strength: that films were rebuilt from.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -181,13 +182,13 @@ def draw_folds(path: Path, summary: dict) -> None:
     ssim, auroc = figure.subplots(1, 2) if labels else (figure.subplots(), None)
     places = np.arange(len(summary["folds"]))
     for name, label, style in (
-        ("bound/ssim/ceiling", "autoencoder's round trip (ceiling)", "g_"), ("adapter/ssim/0.5", "adapter", "C0o"),
-        ("base/ssim/0.5", "base without LoRA", "C1s"), ("bound/ssim/mean_film", "mean training film (floor)", "r_"),
+        ("bound/ssim/ceiling", "autoencoder's round trip (ceiling)", "g_"), (f"adapter/ssim/{strength}", "adapter", "C0o"),
+        (f"base/ssim/{strength}", "base without LoRA", "C1s"), ("bound/ssim/mean_film", "mean training film (floor)", "r_"),
     ):  # fmt: skip
         ssim.plot(
             places, summary["figures"][name]["by_fold"], style, markersize=12 if "_" in style else 7, label=label
         )
-    ssim.set(title="SSIM of films rebuilt from half the noise", xticks=places)
+    ssim.set(title=f"SSIM of films rebuilt from strength {strength}", xticks=places)
     ssim.set_xticklabels([f"fold {number}" for number in summary["folds"]])
     ssim.legend(fontsize=8)
     for row, figures in enumerate(reversed(list(labels.values()))):
@@ -199,7 +200,7 @@ def draw_folds(path: Path, summary: dict) -> None:
             ("real", "the real films (ceiling)", "g^"), ("generated", "adapter", "C0o"), ("base", "base without LoRA", "C1s")
         ), strict=True):  # fmt: skip
             mean, ends = figures[kind]["mean"], figures[kind]["interval"] or [figures[kind]["mean"]] * 2
-            reach = [[mean - ends[0]], [ends[1] - mean]]
+            reach = [[max(0, mean - ends[0])], [max(0, ends[1] - mean)]]
             auroc.errorbar(mean, row + shift, xerr=reach, fmt=style, capsize=2, label=label if row == 0 else None)
     if labels:
         auroc.set(title="AUROC of what captions assert, 95 % by patient", yticks=range(len(labels)))
@@ -396,9 +397,10 @@ def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
         rows.append([label, counts, *(with_interval(figures[kind], 2) for kind in kinds[:4])])
         rows[-1].append(with_interval(figures["new_captions"], 2) or f"too few of {figures['new']}")
     if part["mean"]:
-        rows.insert(0, ["mean over findings", "", *(with_interval(part["mean"][kind], 2) for kind in kinds)])
+        count = f"{part['mean']['generated']['findings']} findings"
+        rows.insert(0, ["mean over findings", count, *(with_interval(part["mean"][kind], 2) for kind in kinds)])
     heads = [
-        "AUROC of what the caption asserts", "held-out captions", "adapter", "base without LoRA",
+        "AUROC of what is known of the film", "held-out captions", "adapter", "base without LoRA",
         "ceiling: the real films", "floor: captions shuffled", "adapter, captions that training never saw",
     ]  # fmt: skip
     return heads, rows
@@ -407,44 +409,45 @@ def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
 def pairs_table(part: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of pairs with and without a finding; `part` as `alignment.compare_pairs` returns it."""
     rows = [
-        ["all findings" if name == "all" else name, str(figures["pairs"]),
+        ["all findings" if name == "all" else name, str(figures["pairs"]), str(figures["counterparts"]),
          *(with_interval(figures[kind], 2) for kind in ("generated", "real"))]
-        for name, figures in sorted(part.items(), key=lambda item: item[0] != "all")
+        for name, figures in part.items()
     ]  # fmt: skip
-    return ["read more strongly where asked for", "pairs", "adapter", "ceiling: between the real films"], rows
-
-
-def use_table(part: dict) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of classifiers fitted on generated and on real films; `part` as `Readers.use` returns it."""
-    kinds = ("synthetic", "real", "both", "all_real")
-    rows = [[label, *(with_interval(figures[kind], 2) for kind in kinds)] for label, figures in part["labels"].items()]
-    if part["mean"]["real"]:
-        rows.insert(0, ["mean over findings", *(with_interval(part["mean"][kind], 2) for kind in kinds)])
-    films = part["films"]
     heads = [
-        "AUROC on held-out real films", f"fitted on {films} generated", f"on {films} real", f"on both, {2 * films}",
-        "on all real training films",
+        "read more strongly where asked for", "pairs", "of so many captions without", "adapter",
+        "ceiling: between the real films",
     ]  # fmt: skip
     return heads, rows
 
 
-def use_over_folds_table(part: dict, folds: Sequence[int], films: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of `use_table`'s means over findings, over folds.
+def tstr_table(part: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of probes fitted on generated and on real films; `part` as `LinearProbes.tstr` returns it."""
+    kinds = ("synthetic", "real", "both", "all_real")
+    rows = [[label, *(with_interval(figures[kind], 2) for kind in kinds)] for label, figures in part["labels"].items()]
+    if part["mean"]["real"]:
+        rows.insert(0, ["mean over findings", *(with_interval(part["mean"][kind], 2) for kind in kinds)])
+    heads = [
+        "AUROC on held-out real films", f"fitted on films generated from {part['films']} captions of training",
+        f"on the {part['films']} real films", "on both", f"on {part['training_films']} films of training",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def tstr_over_folds_table(part: dict, folds: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the means over findings, over folds.
 
     Args:
-        part: `use` of `summary.json`.
+        part: `tstr` of `summary.json`.
         folds: their numbers.
-        films: that classifiers of one kind were fitted on, by fold.
     """
     titles = {
-        "synthetic": "generated films", "real": "as many real films", "both": "both", "all_real": "all real training films"
+        "synthetic": "generated films", "real": "as many real films", "both": "both", "all_real": "all real films of training",
     }  # fmt: skip
     rows = [
         [title, f"{part[kind]['mean']:.3f} +- {part[kind]['sd']:.3f}", *(f"{v:.3f}" for v in part[kind]["by_fold"])]
         for kind, title in titles.items()
-        if part[kind]
     ]
-    heads = [f"fitted on ({min(films)} to {max(films)} films)", "AUROC on held-out real films, mean of folds +- sd"]
+    heads = ["fitted on", f"AUROC on held-out real films, mean over {', '.join(part['findings'])} and folds +- sd"]
     return [*heads, *(f"fold {number}" for number in folds)], rows
 
 
@@ -457,7 +460,8 @@ def settings_table(metrics: dict, terms: Sequence[str]) -> tuple[list[str], list
     """
     settings = metrics["settings"]
     chosen = ("lora_targets", "rank", "text_encoder_rank", "lora_alpha", "learning_rate", "text_encoder_lr",
-              "films_a_step", "max_train_steps", "snr_gamma", "caption_dropout", "use_ema")  # fmt: skip
+              "films_a_step", "max_train_steps", "max_train_samples", "snr_gamma", "caption_dropout", "shuffle_captions",
+              "use_ema")  # fmt: skip
     rows = [
         ["base model", metrics["base"]],
         ["adapter", f"step {metrics['adapter']['step']}, SHA-256 {metrics['adapter']['sha256']}"],
