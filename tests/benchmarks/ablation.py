@@ -7,8 +7,8 @@ each with evaluate.py, and compares the first with the other two, `--against`. S
 as a set, and AUROC of what captions assert. If that AUROC measures the text, it falls to its floor for the model whose
 captions were shuffled in training, while its films look no less real.
 
-The bars: the shuffled model's mean AUROC lies within the floor's middle 95 %, that of LoRA on both above it; and the
-shuffled model's kernel distance is not larger by more than two standard deviations. Typed again, finished runs are not done
+The bars: the 95 % interval of the shuffled model's mean AUROC holds the floor, that of LoRA on both lies above it; and the
+shuffled model's kernel distance is at most 1.5 times as large. Typed again, finished runs are not done
 again. An hour on two cores.
 """
 
@@ -34,6 +34,9 @@ RECIPE = (
 )
 
 
+SAMPLING = ("--num_inference_steps", "12", "--guidance_scale", "3", "--num_prompted", "0")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/ablation"), help="folder of the runs [out/ablation]")
@@ -51,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
             if not (lora / "README.md").exists():
                 script("train_lora.py", "--fold", fold, *where, *RECIPE, *flags)
             if not (lora / "evaluation" / "metrics.json").exists():
-                script("evaluate.py", "--lora", lora, "--num_inference_steps", "12", "--guidance_scale", "3")
+                script("evaluate.py", "--lora", lora, *SAMPLING)
     summaries = {}
     for title, (name, _) in VARIANTS.items():
         against = () if name == "both" else ("--against", work / name)
@@ -75,9 +78,9 @@ def table(summaries: dict[str, dict]) -> int:
     print(f"\n{both['films']} held-out films of {both['patients']} patients, folds {both['folds']}")
     heads = ("", "SSIM from 0.5", "kernel distance", "precision, recall", "AUROC of findings", "its floor")
     print("  ".join(head.ljust(32 if not head else 26) for head in heads))
-    figures = both["figures"]["base/ssim/0.5"]["pooled"]
+    of_base = both["figures"]["base/ssim/0.5"]["pooled"]
     base, real = both["alignment"]["mean"]["base"], both["alignment"]["mean"]["real"]
-    rows = [("base without LoRA", f"{figures:.4f}", "", "", interval(base), "")]
+    rows = [("base without LoRA", f"{of_base:.4f}", "", "", interval(base), "")]
     rows += [("real films", f"{both['figures']['bound/ssim/ceiling']['pooled']:.4f}", distance(both, "real"),
               reached(both, "real"), interval(real), "")]  # fmt: skip
     for title, summary in summaries.items():
@@ -96,18 +99,13 @@ def table(summaries: dict[str, dict]) -> int:
             print(f"  AUROC, {label}: {interval(figure, 'gain')}")
 
     shuffled = summaries["LoRA on both, captions shuffled"]
-    low, high = shuffled["alignment"]["mean"]["shuffled"]["interval"]
+    floor = shuffled["alignment"]["mean"]["shuffled"]["mean"]
     deaf, told = (summary["alignment"]["mean"]["generated"] for summary in (shuffled, both))
-    kernels = [
-        (of["distribution"]["generated"]["kernel"], of["distribution"]["generated_sd"]["kernel"])
-        for of in (shuffled, both)
-    ]
-    apart = kernels[0][0] - kernels[1][0]
-    spread = (kernels[0][1] ** 2 + kernels[1][1] ** 2) ** 0.5
+    kernels = [summary["distribution"]["generated"]["kernel"] for summary in (shuffled, both)]
     checks = {
-        f"shuffled captions: AUROC {deaf['mean']:.2f} within its floor, {low:.2f} to {high:.2f}": low <= deaf["mean"] <= high,
-        f"true captions: AUROC from {told['interval'][0]:.2f} on": told["interval"][0] > high,
-        f"shuffled captions: kernel distance larger by {apart:.2f}, standard deviation {spread:.2f}": apart <= 2 * spread,
+        f"captions shuffled: AUROC {interval(deaf)} holds the floor, {floor:.2f}": deaf["interval"][0] <= floor <= deaf["interval"][1],
+        f"true captions: AUROC {interval(told)} lies above it": told["interval"][0] > floor,
+        f"kernel distance {kernels[0]:.2f} and {kernels[1]:.2f}": kernels[0] <= 1.5 * kernels[1],
     }  # fmt: skip
     passed = all(checks.values())
     said = "; ".join(f"{check}{'' if good else ': below the bar'}" for check, good in checks.items())
