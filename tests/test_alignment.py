@@ -129,7 +129,10 @@ def test_few_patients_of_a_kind_have_no_interval() -> None:
     asserted = [{"mass": i < 9} for i in range(40)]
     scores = {"mass": np.arange(40.0)}
     assert Asked(asserted, [str(i) for i in range(40)]).auroc(scores, "mass") == {"mean": 0.0, "interval": None}
-    assert Asked(asserted, [str(i) for i in range(40)]).mean_auroc(scores)["interval"] is None
+    assert Asked(asserted, [str(i) for i in range(40)]).mean_auroc(scores) is None
+    scores["effusion"] = -scores["mass"]
+    both = [of | {"effusion": i < 20} for i, of in enumerate(asserted)]
+    assert Asked(both, [str(i) for i in range(40)]).mean_auroc(scores)["findings"] == 1
 
 
 def test_the_gain_of_one_set_over_another_is_paired() -> None:

@@ -180,7 +180,7 @@ class LinearProbes:
             held_out_rows: of the films that are read.
 
         Returns:
-            `films`, M, and `training_films`, of which `all_real` is; by label, and as `mean` over findings, AUROC with its
+            `films`, M, and `training_films`, of which `all_real` is; by label, and as `mean` over `Asked.findings`, AUROC with its
             95 % interval by patient: `real` and `synthetic` from M films, `both` from 2 M, `all_real` from all training
             films. Labels that too few of the M captions assert are left out. {} where there is none.
         """
@@ -272,16 +272,18 @@ class Asked:
         area, resampled = self.areas(scores, label)
         return {"mean": area, "interval": _ends(resampled) if self.has_interval(label, scores) else None}
 
+    def findings(self, scores: dict[str, np.ndarray]) -> list[str]:
+        """Return the findings that enough patients have and have not, over which means are taken."""
+        return [label for label in scores if is_finding(label) and self.has_interval(label, scores)]
+
     def mean_auroc(self, scores: dict[str, np.ndarray]) -> dict | None:
-        """Return the mean over findings, with an interval where every one of them has one; None without a finding."""
-        findings = [label for label in scores if is_finding(label)]
+        """Return the mean over `findings`, its interval, and their number; None without one."""
+        findings = self.findings(scores)
         if not findings:
             return None
         areas, resampled = zip(*(self.areas(scores, label) for label in findings), strict=True)
-        certain = all(self.has_interval(label, scores) for label in findings)
         return {
-            "mean": float(np.mean(areas)), "interval": _ends(np.mean(resampled, axis=0)) if certain else None,
-            "findings": len(findings),
+            "mean": float(np.mean(areas)), "interval": _ends(np.mean(resampled, axis=0)), "findings": len(findings)
         }  # fmt: skip
 
     def shuffled(self, scores: dict[str, np.ndarray]) -> tuple[dict[str, dict], dict | None]:
@@ -300,7 +302,7 @@ class Asked:
             for label, of in scores.items():
                 areas[label].append(self._areas({label: of[order]}, label, alone)[0])
         by_label = {label: {"mean": float(np.nanmean(of)), "interval": _ends(of)} for label, of in areas.items()}
-        findings = [of for label, of in areas.items() if is_finding(label)]
+        findings = [areas[label] for label in self.findings(scores)]
         means = np.mean(findings, axis=0) if findings else None
         return by_label, {"mean": float(np.nanmean(means)), "interval": _ends(means)} if findings else None
 
@@ -315,7 +317,7 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
         is_new: captions that training never saw, [N].
 
     Returns:
-        By label, and as `mean` over the findings (None without one): by kind the AUROC, as `Asked.auroc` has it;
+        By label, and as `mean` over `Asked.findings` (None without one): by kind the AUROC, as `Asked.auroc` has it;
         `shuffled`, the floor of generated films; `new_captions`: generated films whose caption is new, None where too few
         assert it, of the mean where that is so of any finding. By label also the numbers `films`, `positive` and `new`.
         {} without labels.
@@ -342,7 +344,7 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     mean = None
     if floor is not None:
         mean = {kind: asked.mean_auroc(of) for kind, of in scores.items()} | {"shuffled": floor}
-        complete = all(label in of_new for label in labels if is_finding(label))
+        complete = asked_new.findings(of_new) == asked.findings(scores["generated"])
         mean["new_captions"] = asked_new.mean_auroc(of_new) if complete else None
     return {"labels": by_label, "mean": mean}
 
@@ -355,7 +357,7 @@ def agreement_gain(asked: Asked, one: dict[str, np.ndarray], other: dict[str, np
         one, other: log-odds by label, [N].
 
     Returns:
-        By label of both, and as `mean over findings` where there are any: `gain` and its 95 % `interval` by patient, None
+        By label of both, and as `mean over findings` over `Asked.findings` where there are any: `gain` and its 95 % `interval` by patient, None
         where few are of one kind; the same patients are drawn for both sets and all labels.
     """
     common = [label for label in one if label in other]
@@ -366,10 +368,10 @@ def agreement_gain(asked: Asked, one: dict[str, np.ndarray], other: dict[str, np
         for label in common
     }
     certain = {label: asked.has_interval(label, one) for label in common}
-    if findings := [label for label in common if is_finding(label)]:
+    if findings := asked.findings({label: one[label] for label in common}):
         mean = [np.mean(part, axis=0) for part in zip(*(gains[label] for label in findings), strict=True)]
         gains = {"mean over findings": mean} | gains
-        certain["mean over findings"] = all(certain[label] for label in findings)
+        certain["mean over findings"] = True
     return {
         label: {"gain": float(gain), "interval": _ends(resampled) if certain[label] else None}
         for label, (gain, resampled) in gains.items()
