@@ -49,7 +49,6 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save
-from scipy.stats import wilcoxon
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -63,14 +62,30 @@ from utils.alignment import (
     assertions,
     compare_pairs,
     counterparts,
-    is_finding,
 )
 from utils.audit import audit, caption_pull, compare_pulls, suspects
 from utils.card import terms_of, write_card
+from utils.cross_validation import (
+    asked_of,
+    columns_of,
+    compare_runs,
+    read_folds,
+    read_readings,
+    spread_over_folds,
+    with_gains,
+)
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
 from utils.encoders import SPACES, FilmSpace, measure_films
 from utils.features import BUNDLED_ENCODER, extract, load_encoder
-from utils.files import read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
+from utils.figures import (
+    FREE_SAMPLES_NOTE,
+    METRICS,
+    REBUILT,
+    summarise,
+    summarise_decoder,
+    summarise_groups,
+)
+from utils.files import sha256_file, write_bytes, write_json, write_jsonl
 from utils.findings import (
     calibrate,
     choose_prompts,
@@ -86,34 +101,25 @@ from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, 
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import dataset_hash, read_metadata
-from utils.metrics import bootstrap_interval, in_batches, ms_ssim, mse, num_scales, psnr, ssim
+from utils.metrics import bootstrap_interval, in_batches, num_scales
+from utils.pages import ALIGNMENT_NOTE, TSTR_NOTE, report_fold, write_fold_page
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
 from utils.realism import compare_halves, compare_sets, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
-from utils.release import in_words
 from utils.report import (
     DEFINITIONS,
     against_table,
     alignment_table,
     contact_sheet,
-    decoder_table,
-    distribution_table,
     draw_folds,
     draw_noise_levels,
-    followed_table,
-    groups_table,
     halves_table,
-    headline_table,
     html_definitions,
     html_page,
     html_picture,
     html_table,
-    pairs_table,
     save_png,
-    settings_table,
     tstr_over_folds_table,
-    tstr_table,
-    with_interval,
 )
 from utils.runlog import package_versions
 from utils.seeding import derive_seed
@@ -132,53 +138,6 @@ from utils.validation import (
     score_model,
 )
 
-REBUILT = {"ssim": ssim, "psnr": psnr, "ms_ssim": ms_ssim}
-METRICS = {**REBUILT, "mse": mse}
-FREE_SAMPLES_NOTE = (
-    "Not a measure of quality: a caption does not determine a film. Read it beside the random pair (two real films of "
-    "different patients) and the mean training film, which beats honest samples because it is blurred."
-)
-FOLLOWED_NOTE = (
-    "Followed: an encoder reads the prompted finding, on the prompted side, in a generated film. Chance: it reads the finding "
-    "in films prompted with another one. Ceiling: it reads it in films of the set that show it, after the autoencoder. It "
-    "saw neither these films nor this adapter, but learnt findings that the same program drew into other films; where it "
-    "says yes is calibrated on the training films. Nodules and masses are read under one label, zones are not read. 95 % "
-    "intervals over films (Wilson)."
-)
-DISTRIBUTION_NOTE = (
-    "Distances of a set of films from the held-out ones, in features of an encoder; they compare with one another only. "
-    "Frechet: between Gaussians fitted to both sets, biased upwards by few films, so that sets are of one size. Kernel: unbiased, "
-    "0 between equal distributions, with its standard error. Precision: share of generated films within the reach of real "
-    "ones; recall: the reverse; density and coverage: the same, less moved by stray films. Other real films: of "
-    "training patients, mean and standard deviation of ten draws."
-)
-TOO_GOOD_NOTE = (
-    "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations: "
-    "too good to be true. Were the held-out films, or copies of them, among those trained on?"
-)
-DECODER_NOTE = (
-    "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
-    "own; so the gains are of both. Where an encoder reads prompted findings the base's films are decoded with it, too; in all other tables with its own. Normalised: from "
-    "the mean training film (0) to the round trip of the same decoder (1)."
-)
-ALIGNMENT_NOTE = (
-    "Area under the ROC curve (0.5: chance) of linear probes, logistic regressions fitted on the training patients' real films, "
-    "which read what is known of held-out films: in films generated from their captions, in the real films (the ceiling: no "
-    "film need show more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). "
-    "95 % intervals by patient, none with fewer than 10 patients of a kind; one without width says that the kinds are apart, not "
-    "that more films would be. Findings are the table's, whether a caption names them or not; man, AP, left and age are the "
-    "caption's own words."
-)
-PAIRS_NOTE = (
-    "Two captions of held-out films, as alike in view, sex and age as there are, one with findings and one without, drawn from "
-    "the same noise: how often the finding is read more strongly where it was asked for (chance 0.5), and how often between "
-    "the two real films. 95 % intervals over patients (Wilson)."
-)
-TSTR_NOTE = (
-    "AUROC on held-out real films of classifiers that were fitted on so many real films of training patients, on as many "
-    "generated from their captions, on both, and on the training films at hand, up to 10,000. Regularisation is the same for all, chosen by "
-    "cross-validation within the training patients' real films."
-)
 SHOWN = 6  # films in films.png
 SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
@@ -186,7 +145,6 @@ MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
 MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
 MOST_PAIRS = 64  # of captions with and without findings
-LEAST_PATIENTS = 10  # of a group whose figures have an interval
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -596,55 +554,6 @@ def draw_pictures(
     save_png(output_dir / "nearest.png", sheet)
 
 
-def report_fold(metrics: dict) -> tuple[dict[str, tuple[tuple[list[str], list[list[str]]], str]], list[str]]:
-    """Return what is worth a table, by title: the table and what it means; and what is said in sentences."""
-    tables, space = {}, f"Features: {metrics['features_note']}."
-    if "prompt_followed" in metrics:
-        tables["Are prompts followed?"] = followed_table(metrics), FOLLOWED_NOTE
-    if "labels" in metrics["alignment"]:
-        tables["Do films show what their captions say?"] = (
-            alignment_table(metrics["alignment"]),
-            f"{ALIGNMENT_NOTE} {space}",
-        )
-    if metrics["counterfactual"]:
-        tables["The same noise, with the finding and without"] = pairs_table(metrics["counterfactual"]), PAIRS_NOTE
-    if "vae_decoder" in metrics:
-        tables["The adapted decoder"] = decoder_table(metrics), DECODER_NOTE
-    tables["Films rebuilt, and noise predicted"] = headline_table(metrics), FREE_SAMPLES_NOTE
-    if "films" in metrics["distribution"]:
-        too_good = [TOO_GOOD_NOTE] if "generated" in metrics["distribution"]["too_good"] else []
-        note = " ".join([*too_good, DISTRIBUTION_NOTE, space])
-        tables["Generated films as a set"] = distribution_table(metrics), note
-    if metrics["tstr"]:
-        tables["Trained on generated films, tested on real ones"] = tstr_table(metrics["tstr"]), f"{TSTR_NOTE} {space}"
-    if metrics["by_group"]:
-        tables["For whom"] = groups_table(metrics), ""
-    said = [variety_in_words(metrics), in_words(metrics["memorisation"])]
-    if "films" in metrics["distribution"] and "generated" in metrics["distribution"]["too_good"]:
-        said.append(TOO_GOOD_NOTE)
-    return tables, said
-
-
-def write_fold_page(output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], terms: Sequence[str]) -> None:
-    """Write report.html: the pictures first, then the tables, then how it was measured.
-
-    Args:
-        tables, said: as `report_fold` returns them.
-        terms: licences of base and films.
-    """
-    pictures = ["films", *(["findings"] if "prompt_followed" in metrics else []), "noise_levels"]
-    parts = ["<p>Shows films and captions of the set: if they are of patients, not to be shared.</p>"]
-    parts += [html_picture(output_dir / f"{name}.png") for name in pictures]
-    for title, (table, note) in tables.items():
-        parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(note)}</p>"]
-    parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
-    parts.append(html_picture(output_dir / "nearest.png"))
-    parts += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
-    parts += ["<h2>Settings, data and terms</h2>", html_table(*settings_table(metrics, terms))]
-    title = f"Fold {metrics['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients"
-    write_bytes(output_dir / "report.html", html_page(title, parts).encode())
-
-
 def follow_prompts(
     args: argparse.Namespace,
     pipeline: StableDiffusionPipeline,
@@ -775,213 +684,11 @@ def other_patients(patients: Sequence[str], seed: int) -> list[int]:
     return chosen
 
 
-def summarise(scores: dict[str, Tensor], patients: Sequence[str], levels: Sequence[int], seed: int) -> dict:
-    """Return means with 95 % intervals: of each model, of the paired gain, and of the bounds.
-
-    Args:
-        scores: by name, one value a film, as `evaluate_fold` gathers them.
-        patients: whose film it is.
-        levels: timesteps of the noise-prediction error.
-        seed: of the bootstrap.
-    """
-
-    def stat(values: Tensor) -> dict:
-        return mean_with_interval(values, patients, seed)
-
-    def compared(name: str) -> dict:
-        adapter, base = scores[f"adapter/{name}"], scores[f"base/{name}"]
-        return {"adapter": stat(adapter), "base": stat(base), "gain": stat(gain_of(name, adapter, base))}
-
-    rebuilt = {}
-    for strength in STRENGTHS:
-        rebuilt[str(strength)] = {}
-        for name in REBUILT:
-            figures = compared(f"{name}/{strength}") | {"noisy": stat(scores[f"bound/{name}/noisy/{strength}"])}
-            floor, ceiling = (scores[f"bound/{name}/{bound}"].mean().item() for bound in ("mean_film", "ceiling"))
-            own_ceiling = scores.get(f"own_decoder/{name}/ceiling", scores[f"bound/{name}/ceiling"]).mean().item()
-            for model, highest in (("adapter", ceiling), ("base", own_ceiling)):
-                figures[f"{model}_normalised"] = (figures[model]["mean"] - floor) / (highest - floor)
-            rebuilt[str(strength)][name] = figures
-    return {
-        "rebuilt": rebuilt,
-        "bounds": {
-            name: {bound: stat(scores[f"bound/{name}/{bound}"]) for bound in ("mean_film", "ceiling")}
-            for name in REBUILT
-        },
-        "noise_prediction_mse": {str(level): compared(f"mse/{level}") for level in levels},
-        "free_samples": {"note": FREE_SAMPLES_NOTE}
-        | {
-            name: {
-                kind: stat(scores[f"free/{kind}/{name}"]) if f"free/{kind}/{name}" in scores else None
-                for kind in ("generated", "random_pair", "mean_film")
-            }
-            for name in METRICS
-        },
-    }
-
-
-def mean_with_interval(values: Tensor, patients: Sequence[str], seed: int) -> dict:
-    """Return the mean of one value a film and its 95 % interval by patient, None where there is only one."""
-    low, high = bootstrap_interval(values.tolist(), patients, seed)
-    return {"mean": values.mean().item(), "interval": None if np.isnan(low) else [low, high]}
-
-
-def summarise_decoder(scores: dict[str, Tensor], patients: Sequence[str], seed: int) -> dict:
-    """Return what the adapted decoder did, beside the base's own: to the ceiling, and to the adapter's rebuilt films.
-
-    Args:
-        scores, patients, seed: as `summarise` takes them, with "own_decoder/...": the adapter with the base's decoder.
-    """
-
-    def compared(own: Tensor, adapted: Tensor) -> dict:
-        pairs = {"own": own, "adapted": adapted, "gain": adapted - own}
-        return {name: mean_with_interval(values, patients, seed) for name, values in pairs.items()}
-
-    summary = {"ceiling": {}, "rebuilt": {str(strength): {} for strength in STRENGTHS}}
-    for name in REBUILT:
-        own, adapted = scores[f"own_decoder/{name}/ceiling"], scores[f"bound/{name}/ceiling"]
-        summary["ceiling"][name] = compared(own, adapted)
-        floor = scores[f"bound/{name}/mean_film"].mean().item()
-        for strength in STRENGTHS:
-            figures = compared(scores[f"own_decoder/{name}/{strength}"], scores[f"adapter/{name}/{strength}"])
-            for decoder, ceiling in (("own", own), ("adapted", adapted)):
-                share = (figures[decoder]["mean"] - floor) / (ceiling.mean().item() - floor)
-                figures[f"{decoder}_normalised"] = share
-            summary["rebuilt"][str(strength)][name] = figures
-    return summary
-
-
-def summarise_groups(
-    scores: dict[str, Tensor],
-    groups: dict[str, dict[str, list[int]]],
-    patients: Sequence[str],
-    levels: Sequence[int],
-    seed: int,
-) -> dict:
-    """Return the main figures of each group of films, with counts.
-
-    Args:
-        scores, patients, levels, seed: as `summarise` takes them.
-        groups: places of films by attribute and value.
-    """
-    by_film = {}
-    for model in ("adapter", "base"):
-        by_film[f"ssim/{model}"] = scores[f"{model}/ssim/{HEADLINE}"]
-        by_film[f"mse/{model}"] = torch.stack([scores[f"{model}/mse/{level}"] for level in levels]).mean(dim=0)
-    for name in ("ssim", "mse"):
-        by_film[f"{name}/gain"] = gain_of(name, by_film[f"{name}/adapter"], by_film[f"{name}/base"])
-    summary = {}
-    for attribute, by_value in groups.items():
-        summary[attribute] = {}
-        for value, places in by_value.items():
-            whose = [patients[place] for place in places]
-            figures = {name: mean_with_interval(values[places], whose, seed) for name, values in by_film.items()}
-            if len(set(whose)) < LEAST_PATIENTS:  # their spread says little of others'
-                figures = {name: of | {"interval": None} for name, of in figures.items()}
-            summary[attribute][value] = {"films": len(places), "patients": len(set(whose))} | figures
-    return summary
-
-
-def gain_of(name: str, adapter, base):
-    """Return what the adapter gained over the base, positive where it is better: more SSIM and PSNR, less error."""
-    return base - adapter if name.startswith("mse") else adapter - base
-
-
-def variety_in_words(metrics: dict) -> str:
-    """Return how alike films of one caption are, beside real films, as a sentence."""
-    part = metrics["variety"]
-    kinds = {
-        "one_caption": "generated films of one caption", "real_films_of_one_caption": "real films of one caption",
-        "real_films": "real films of different patients and, mostly, captions",
-    }  # fmt: skip
-    said = []
-    for kind, name in kinds.items():
-        if part[kind] is not None:
-            said.append(f"{with_interval(part[kind], 3)} between {name} ({part[kind]['pairs']} pairs)")
-    return f"Variety: MS-SSIM over {part['scales']} scales is {', '.join(said)}. Higher means more alike."
-
-
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with aligned columns."""
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     for row in [heads, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
-    """Return the evaluations of all folds of one cross-validation: their figures, their films, and their folders.
-
-    Raises:
-        Refused: for fewer than two, for folds that were evaluated unlike, or that hold a film in common.
-    """
-    evaluations = sorted(out.glob("fold*/evaluation/metrics.json"))
-    if len(evaluations) < 2:
-        raise Refused(
-            f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
-        )
-    folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
-    for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed", "features"):
-        if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
-            raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
-    for path, fold in zip(evaluations, folds, strict=True):
-        whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "alignment" not in fold or not whole:
-            raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
-    films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
-    films = [row for rows in films_by_fold for row in rows]
-    if len({frozenset(row) for row in films}) > 1:
-        raise Refused(
-            f"some folds in {out} have an adapted decoder and others none; evaluate them with --no_vae_decoder"
-        )
-    if len({row["file_name"] for row in films}) < len(films):
-        numbers = [fold["fold"] for fold in folds]
-        raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
-    return folds, films_by_fold, [path.parent for path in evaluations]
-
-
-def read_readings(folders: Sequence[Path]) -> list[dict]:
-    """Return the rows of `readings.jsonl` of all folds, each with the place of its fold as `fold`."""
-    return [
-        row | {"fold": fold} for fold, folder in enumerate(folders) for row in read_jsonl(folder / "readings.jsonl")
-    ]
-
-
-def asked_of(readings: Sequence[dict], seed: int) -> Asked:
-    """Return the films of all folds and what is asked about them."""
-    asserted, patients, folds = ([row[name] for row in readings] for name in ("asserted", "patient_id", "fold"))
-    return Asked(asserted, patients, folds, seed)
-
-
-def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
-    """Return the log-odds of one kind of films by label, [N], NaN in folds whose films could not carry a probe of it."""
-    labels = sorted({label for row in readings for label in row[kind]})
-    return {label: np.array([row[kind].get(label, math.nan) for row in readings]) for label in labels}
-
-
-def spread_over_folds(parts: Sequence[dict]) -> dict | None:
-    """Return mean, standard deviation and values by fold of what `LinearProbes.tstr` found, over the findings of all folds.
-
-    Returns:
-        `findings`, their names, and by kind of film `mean`, `sd` and `by_fold`. None where folds share no finding.
-    """
-    findings = [label for label in parts[0].get("labels", {}) if is_finding(label)]
-    findings = [label for label in findings if all(label in part.get("labels", {}) for part in parts)]
-    if not findings:
-        return None
-    spread: dict = {"findings": findings}
-    for kind in parts[0]["labels"][findings[0]]:
-        values = [statistics.fmean(part["labels"][label][kind]["mean"] for label in findings) for part in parts]
-        spread[kind] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values}
-    return spread
-
-
-def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
-    """Return every figure by film as a column, with the gain of the adapter over the base beside both."""
-    columns = {name: [row[name] for row in films] for name in films[0] if name not in ("file_name", "patient_id")}
-    for name in [name.removeprefix("adapter/") for name in columns if name.startswith("adapter/")]:
-        pairs = zip(columns[f"adapter/{name}"], columns[f"base/{name}"], strict=True)
-        columns[f"gain/{name}"] = [gain_of(name, *pair) for pair in pairs]
-    return columns
 
 
 def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None) -> None:
@@ -1076,44 +783,6 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         print_table(*table)
         print()
     print(f"look at {output_dir / 'report.html'}")
-
-
-def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
-    """Compare two cross-validations film by film: does the first do better than the second, on the same patients?
-
-    Args:
-        films, others: rows of `films.jsonl` of all folds.
-        seed: of the bootstrap.
-
-    Returns:
-        `films` and `patients` in both; by figure of the adapter the mean `gain` of the first over the second, positive
-        where it is better, and its 95 % `interval` by patient; of SSIM rebuilt from half the noise, the one figure that
-        is tested, also `p`, of Wilcoxon's signed-rank test over the patients' means, two-sided, None where none differs.
-
-    Raises:
-        Refused: where the second scored other films.
-    """
-    other_of = {row["file_name"]: row for row in others}
-    if other_of.keys() != {row["file_name"] for row in films}:
-        raise Refused(
-            "the two cross-validations scored other films; train and evaluate both on the same set, folds and --max_films"
-        )
-    if films[0].keys() != others[0].keys():
-        raise Refused("one of the two has an adapted decoder, the other none; evaluate both with --no_vae_decoder")
-    patients = [row["patient_id"] for row in films]
-    _, whose = np.unique(patients, return_inverse=True)
-    record: dict = {"films": len(films), "patients": int(whose.max()) + 1, "figures": {}}
-    for name in [name for name in films[0] if name.startswith("adapter/")]:
-        metric = name.removeprefix("adapter/")
-        gains = [gain_of(metric, row[name], other_of[row["file_name"]][name]) for row in films]
-        by_patient = np.bincount(whose, weights=gains) / np.bincount(whose)
-        low, high = bootstrap_interval(gains, patients, seed)
-        record["figures"][metric] = {
-            "gain": statistics.fmean(gains), "interval": None if np.isnan(low) else [low, high],
-        }  # fmt: skip
-        if metric == f"ssim/{HEADLINE}":
-            record["figures"][metric]["p"] = float(wilcoxon(by_patient).pvalue) if by_patient.any() else None
-    return record
 
 
 if __name__ == "__main__":

@@ -357,8 +357,8 @@ def agreement_gain(asked: Asked, one: dict[str, np.ndarray], other: dict[str, np
         one, other: log-odds by label, [N].
 
     Returns:
-        By label of both, and as `mean over findings` over `Asked.findings` where there are any: `gain` and its 95 % `interval` by patient, None
-        where few are of one kind; the same patients are drawn for both sets and all labels.
+        By label of both, and as `mean over findings` over `Asked.findings` where there are any: `gain` and its 95 %
+        `interval` by patient, None where few are of one kind; the same patients are drawn for both sets and all labels.
     """
     common = [label for label in one if label in other]
     gains = {

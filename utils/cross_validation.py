@@ -1,0 +1,131 @@
+"""The evaluations of all folds of a cross-validation, read, checked and put together; and two of them compared."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from utils.alignment import Asked, is_finding
+from utils.figures import gain_of
+from utils.files import read_jsonl
+from utils.metrics import bootstrap_interval
+from utils.refusal import Refused
+from utils.validation import HEADLINE
+
+
+def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
+    """Return the evaluations of all folds of one cross-validation: their figures, their films, and their folders.
+
+    Raises:
+        Refused: for fewer than two, for folds that were evaluated unlike, or that hold a film in common.
+    """
+    evaluations = sorted(out.glob("fold*/evaluation/metrics.json"))
+    if len(evaluations) < 2:
+        raise Refused(
+            f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
+        )
+    folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
+    for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed", "features"):
+        if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
+            raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
+    for path, fold in zip(evaluations, folds, strict=True):
+        whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
+        if "alignment" not in fold or not whole:
+            raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
+    films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
+    films = [row for rows in films_by_fold for row in rows]
+    if len({frozenset(row) for row in films}) > 1:
+        raise Refused(
+            f"some folds in {out} have an adapted decoder and others none; evaluate them with --no_vae_decoder"
+        )
+    if len({row["file_name"] for row in films}) < len(films):
+        numbers = [fold["fold"] for fold in folds]
+        raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
+    return folds, films_by_fold, [path.parent for path in evaluations]
+
+
+def read_readings(folders: Sequence[Path]) -> list[dict]:
+    """Return the rows of `readings.jsonl` of all folds, each with the place of its fold as `fold`."""
+    return [
+        row | {"fold": fold} for fold, folder in enumerate(folders) for row in read_jsonl(folder / "readings.jsonl")
+    ]
+
+
+def asked_of(readings: Sequence[dict], seed: int) -> Asked:
+    """Return the films of all folds and what is asked about them."""
+    asserted, patients, folds = ([row[name] for row in readings] for name in ("asserted", "patient_id", "fold"))
+    return Asked(asserted, patients, folds, seed)
+
+
+def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
+    """Return the log-odds of one kind of films by label, [N], NaN in folds whose films could not carry a probe of it."""
+    labels = sorted({label for row in readings for label in row[kind]})
+    return {label: np.array([row[kind].get(label, math.nan) for row in readings]) for label in labels}
+
+
+def spread_over_folds(parts: Sequence[dict]) -> dict | None:
+    """Return mean, standard deviation and values by fold of what `LinearProbes.tstr` found, over the findings of all folds.
+
+    Returns:
+        `findings`, their names, and by kind of film `mean`, `sd` and `by_fold`. None where folds share no finding.
+    """
+    findings = [label for label in parts[0].get("labels", {}) if is_finding(label)]
+    findings = [label for label in findings if all(label in part.get("labels", {}) for part in parts)]
+    if not findings:
+        return None
+    spread: dict = {"findings": findings}
+    for kind in parts[0]["labels"][findings[0]]:
+        values = [statistics.fmean(part["labels"][label][kind]["mean"] for label in findings) for part in parts]
+        spread[kind] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values}
+    return spread
+
+
+def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
+    """Return every figure by film as a column, with the gain of the adapter over the base beside both."""
+    columns = {name: [row[name] for row in films] for name in films[0] if name not in ("file_name", "patient_id")}
+    for name in [name.removeprefix("adapter/") for name in columns if name.startswith("adapter/")]:
+        pairs = zip(columns[f"adapter/{name}"], columns[f"base/{name}"], strict=True)
+        columns[f"gain/{name}"] = [gain_of(name, *pair) for pair in pairs]
+    return columns
+
+
+def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
+    """Compare two cross-validations film by film: does the first do better than the second, on the same patients?
+
+    Args:
+        films, others: rows of `films.jsonl` of all folds.
+        seed: of the bootstrap.
+
+    Returns:
+        `films` and `patients` in both; by figure of the adapter the mean `gain` of the first over the second, positive
+        where it is better, and its 95 % `interval` by patient; of SSIM rebuilt from half the noise, the one figure that
+        is tested, also `p`, of Wilcoxon's signed-rank test over the patients' means, two-sided, None where none differs.
+
+    Raises:
+        Refused: where the second scored other films.
+    """
+    other_of = {row["file_name"]: row for row in others}
+    if other_of.keys() != {row["file_name"] for row in films}:
+        raise Refused(
+            "the two cross-validations scored other films; train and evaluate both on the same set, folds and --max_films"
+        )
+    if films[0].keys() != others[0].keys():
+        raise Refused("one of the two has an adapted decoder, the other none; evaluate both with --no_vae_decoder")
+    patients = [row["patient_id"] for row in films]
+    _, whose = np.unique(patients, return_inverse=True)
+    record: dict = {"films": len(films), "patients": int(whose.max()) + 1, "figures": {}}
+    for name in [name for name in films[0] if name.startswith("adapter/")]:
+        metric = name.removeprefix("adapter/")
+        gains = [gain_of(metric, row[name], other_of[row["file_name"]][name]) for row in films]
+        by_patient = np.bincount(whose, weights=gains) / np.bincount(whose)
+        low, high = bootstrap_interval(gains, patients, seed)
+        record["figures"][metric] = {
+            "gain": statistics.fmean(gains), "interval": None if np.isnan(low) else [low, high],
+        }  # fmt: skip
+        if metric == f"ssim/{HEADLINE}":
+            record["figures"][metric]["p"] = float(wilcoxon(by_patient).pvalue) if by_patient.any() else None
+    return record
