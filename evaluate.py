@@ -709,8 +709,9 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
             "pooled": statistics.fmean(values), "pooled_interval": [low, high],
         }  # fmt: skip
     record = {
-        "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)), "films_by_fold": sizes, "seed": seed,
-        "base": folds[0]["base"], "data_hash": folds[0]["data_hash"], "figures": summary,
+        "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)),
+        "films_by_fold": sizes, "seed": seed, "base": folds[0]["base"], "data_hash": folds[0]["data_hash"],
+        "figures": summary,
     }  # fmt: skip
     readings = read_readings(folders)
     scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}

@@ -227,8 +227,9 @@ def score_bounds(
     """Score what no model should fall below, and what none can pass, on the same films.
 
     Returns:
-        By name, float64 [N] each, 0 outside `indices`, for each metric: `<metric>/ceiling` (the autoencoder's round trip), `<metric>/mean_film` (the mean training film in place of each) and `<metric>/noisy/<strength>`
-        (the noisy latents decoded as they are).
+        By name, float64 [N] each, 0 outside `indices`, for each metric: `<metric>/ceiling` (the autoencoder's round trip),
+        `<metric>/mean_film` (the mean training film in place of each) and `<metric>/noisy/<strength>` (the noisy latents
+        decoded as they are).
     """
     scores, device = Scores(len(bank)), vae.device
     for chunk in _chunks(range(len(bank)) if indices is None else indices, batch_size):
