@@ -44,8 +44,8 @@ TOO_GOOD_NOTE = (
 )
 DECODER_NOTE = (
     "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
-    "own; so the gains are of both. Where an encoder reads prompted findings the base's films are decoded with it, too; in all other tables with its own. Normalised: from "
-    "the mean training film (0) to the round trip of the same decoder (1)."
+    "own; so the gains are of both. Where an encoder reads prompted findings the base's films are decoded with it, too; in all "
+    "other tables with its own. Normalised: from the mean training film (0) to the round trip of the same decoder (1)."
 )
 ALIGNMENT_NOTE = (
     "Area under the ROC curve (0.5: chance) of linear probes, logistic regressions fitted on the training patients' real films, "
