@@ -281,7 +281,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         scores |= {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
         mean = mean_film(data_dir, training_rows, resolution, settings["seed"], interpolation)
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
-        rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, range(min(SHOWN, len(bank))))
+        shown = [bank.patients.index(patient) for patient in dict.fromkeys(bank.patients)][:SHOWN]
+        rebuilt = rebuilt_films(bank, unet, text_encoder, vae, noise_scheduler, shown)
 
         # Free samples of the held-out captions, with findings left out, of training captions, of some several times
         generated = draw(captions, "generating")
@@ -375,7 +376,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             for i, (row, patient) in enumerate(zip(held_out_rows, bank.patients, strict=True))
         ),
     )
-    draw_pictures(output_dir, drawn, rebuilt, nearest)
+    draw_pictures(output_dir, drawn, shown, rebuilt, nearest)
     if reads_findings:
         save_png(output_dir / "findings.png", findings_sheet)
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
@@ -528,20 +529,27 @@ def summarise_sets(
 
 
 def draw_pictures(
-    output_dir: Path, drawn: Drawn, rebuilt: dict[float, Tensor], nearest: Sequence[tuple[int, int, float]]
+    output_dir: Path,
+    drawn: Drawn,
+    shown: Sequence[int],
+    rebuilt: dict[float, Tensor],
+    nearest: Sequence[tuple[int, int, float]],
 ) -> None:
-    """Draw films.png and nearest.png."""
-    bank, captions = drawn.bank, [row["text"] for row in drawn.held_out_rows]
-    shown = [
-        [
-            film.numpy()
-            for film in (bank.films[i], *(rebuilt[strength][i] for strength in STRENGTHS), drawn.generated[i])
-        ]
-        for i in range(min(SHOWN, len(bank)))
+    """Draw films.png and nearest.png.
+
+    Args:
+        shown: places of held-out films, of different patients.
+        rebuilt: those films rebuilt, by strength.
+        nearest: as `audit.suspects` returns it.
+    """
+    bank, captions = drawn.bank, [drawn.held_out_rows[i]["text"] for i in shown]
+    rows = [
+        [film.numpy() for film in (bank.films[i], *(of[row] for of in rebuilt.values()), drawn.generated[i])]
+        for row, i in enumerate(shown)
     ]
     heads = ["of the set", *(f"rebuilt {strength}" for strength in STRENGTHS), "generated"]
     note = "The first column shows films of the set, the rebuilt ones resemble them: if they are of patients, not to be shared."
-    save_png(output_dir / "films.png", contact_sheet(shown, captions[: len(shown)], heads, note))
+    save_png(output_dir / "films.png", contact_sheet(rows, captions, heads, note))
     place_of = {row["file_name"]: i for i, row in enumerate(drawn.held_out_rows)}
     asked = torch.cat([drawn.generated[[place_of[row["file_name"]] for row in drawn.unknown]], drawn.of_known])
     sheet = contact_sheet(
@@ -664,7 +672,7 @@ def read_config(run_dir: Path) -> dict:
 def rebuilt_films(
     bank: FilmBank, unet, text_encoder, vae, noise_scheduler, indices: Sequence[int]
 ) -> dict[float, Tensor]:
-    """Return some films rebuilt from each strength, uint8 [len(indices), H, W]."""
+    """Return some films rebuilt, by strength, uint8 [len(indices), H, W]."""
     chunk = list(indices)
     latents, noise = bank.latents[chunk].to(vae.device), bank.noise(chunk).to(vae.device)
     encoder_hidden_states = text_encoder(bank.input_ids[chunk].to(vae.device))[0]
