@@ -121,6 +121,15 @@ def test_folds_are_scored_each_by_itself() -> None:
     floor, _ = asked.shuffled({"mass": deaf + 3.0 * folds})
     assert floor["mass"]["mean"] == pytest.approx(0.5, abs=0.02)
     assert Asked(asserted, patients).auroc({"mass": deaf + 3.0 * folds}, "mass")["mean"] > 0.6
+    sorted_by_view = Asked(
+        [of | {"AP, not PA": bool(fold)} for of, fold in zip(asserted, folds, strict=True)], patients
+    )
+    assert sorted_by_view.within("AP, not PA").auroc({"mass": deaf + 3.0 * folds}, "mass") == asked.auroc(
+        {"mass": deaf}, "mass"
+    )
+    alone = sorted_by_view.within("AP, not PA").auroc({"AP, not PA": deaf}, "AP, not PA")
+    assert alone == {"mean": None, "interval": None}, "nothing to compare"
+    assert Asked(asserted, patients).within("AP, not PA") is None
     unread = np.where(folds == 1, np.nan, deaf)
     assert asked.auroc({"mass": unread}, "mass")["mean"] == pytest.approx(roc_auc_score(truth[:150], deaf[:150]))
 

@@ -9,7 +9,7 @@ the encoder itself has seen, its `FilmSpace.note` says.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +29,7 @@ REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the regression, of which cross-valid
 RESAMPLES = 1000  # of patients
 SHUFFLES = 200  # of captions among films, for the floor
 OLD = 60  # years
-SIDE = "left, not right"
+SIDE, VIEW = "left, not right", "AP, not PA"
 AGE_LABEL = f"{OLD} or older"
 AGE = re.compile(r"\b(\d+)[- ]years?[- ]old\b", re.I)
 DENIED = re.compile(r"\b(no|not|without)\b", re.I)
@@ -37,7 +37,7 @@ SENTENCES = re.compile(r"(?<=[.;!?])\s+")
 # What captions say in words of their own: yes, no, and the column of the table that has to agree where there is one
 CONTRASTS = {
     "man, not woman": (re.compile(r"\b(man|male|boy)\b", re.I), re.compile(r"\b(woman|female|girl)\b", re.I), ("sex", "M", "F")),
-    "AP, not PA": (re.compile(r"\bAP\b"), re.compile(r"\bPA\b"), ("view", "AP", "PA")),
+    VIEW: (re.compile(r"\bAP\b"), re.compile(r"\bPA\b"), ("view", "AP", "PA")),
     SIDE: (re.compile(r"\bleft\b", re.I), re.compile(r"\bright\b", re.I), None),
 }  # fmt: skip
 
@@ -256,6 +256,14 @@ class Asked:
     def _folds(self) -> np.ndarray:
         return np.zeros(len(self.patients), dtype=int) if self.folds is None else np.asarray(self.folds)
 
+    def within(self, label: str) -> "Asked | None":
+        """Return the same films, compared only with those of one answer about a label; None where all have the same."""
+        answers = [of.get(label) for of in self.asserted]
+        if len(set(answers)) == 1:
+            return None
+        strata = list(zip(self._folds.tolist(), answers, strict=True))
+        return replace(self, folds=[sorted(set(strata), key=str).index(stratum) for stratum in strata])
+
     def told(self, label: str, scores: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the films that are asked about a label and scored, and the answers."""
         asked = [i for i, of in enumerate(self.asserted) if label in of and not np.isnan(scores[label][i])]
@@ -268,8 +276,10 @@ class Asked:
         )
 
     def auroc(self, scores: dict[str, np.ndarray], label: str) -> dict:
-        """Return the AUROC as `mean` and its 95 % `interval`, None where few patients are of one kind."""
+        """Return the AUROC as `mean` and its 95 % `interval`, None where few patients are of one kind, or no films compare."""
         area, resampled = self.areas(scores, label)
+        if np.isnan(area):
+            return {"mean": None, "interval": None}
         return {"mean": area, "interval": _ends(resampled) if self.has_interval(label, scores) else None}
 
     def findings(self, scores: dict[str, np.ndarray]) -> list[str]:
@@ -319,7 +329,8 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     Returns:
         By label, and as `mean` over `Asked.findings` (None without one): by kind the AUROC, as `Asked.auroc` has it;
         `shuffled`, the floor of generated films; `new_captions`: generated films whose caption is new, None where too few
-        assert it, of the mean where that is so of any finding. By label also the numbers `films`, `positive` and `new`.
+        assert it, of the mean where that is so of any finding; `within_view`: "generated" and "real" films compared with
+        those of the same view only, as findings go with views, None where all have one. By label also the numbers `films`, `positive` and `new`.
         {} without labels.
     """
     labels = list(scores["generated"])
@@ -333,6 +344,7 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     readable = set(labels_in_all((asked_new.asserted, asked_new.patients)))
     of_new = {label: of[new] for label, of in scores["generated"].items() if label in readable}
     floors, floor = asked.shuffled(scores["generated"])
+    of_view = asked.within(VIEW)
     by_label = {}
     for label in labels:
         told, truth = asked.told(label, scores["generated"])
@@ -340,12 +352,14 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
             "films": len(told), "positive": int(truth.sum()), "new": int(np.isin(told, new).sum()),
             **{kind: asked.auroc(of, label) for kind, of in scores.items()}, "shuffled": floors[label],
             "new_captions": asked_new.auroc(of_new, label) if label in of_new else None,
+            "within_view": of_view and {kind: of_view.auroc(scores[kind], label) for kind in ("generated", "real")},
         }  # fmt: skip
     mean = None
     if floor is not None:
         mean = {kind: asked.mean_auroc(of) for kind, of in scores.items()} | {"shuffled": floor}
         complete = asked_new.findings(of_new) == asked.findings(scores["generated"])
         mean["new_captions"] = asked_new.mean_auroc(of_new) if complete else None
+        mean["within_view"] = of_view and {kind: of_view.mean_auroc(scores[kind]) for kind in ("generated", "real")}
     return {"labels": by_label, "mean": mean}
 
 

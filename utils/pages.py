@@ -51,9 +51,9 @@ ALIGNMENT_NOTE = (
     "Area under the ROC curve (0.5: chance) of linear probes, logistic regressions fitted on the training patients' real films, "
     "which read what is known of held-out films: in films generated from their captions, in the real films (the ceiling: no "
     "film need show more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). "
-    "95 % intervals by patient, none with fewer than 10 patients of a kind; one without width says that the kinds are apart, not "
-    "that more films would be. Findings are the table's, whether a caption names them or not; man, AP, left and age are the "
-    "caption's own words."
+    "Within one view: only films of one view are compared, as findings go with views. 95 % intervals by patient, none with fewer "
+    "than 10 patients of a kind; one without width says that the kinds are apart, not that more films would be. Findings are the "
+    "table's, whether a caption names them or not; man, AP, left and age are the caption's own words."
 )
 PAIRS_NOTE = (
     "Two captions of held-out films, as alike in view, sex and age as there are, one with findings and one without, drawn from "

@@ -214,7 +214,7 @@ def draw_folds(path: Path, summary: dict, strength: float) -> None:
 
 def with_interval(stat: dict | None, digits: int) -> str:
     """Return "0.76 [0.75, 0.77]" for a `mean` and its `interval`, the mean alone where that is None, "" for None."""
-    if stat is None:
+    if stat is None or stat["mean"] is None:
         return ""
     between = " [{:.{d}f}, {:.{d}f}]".format(*stat["interval"], d=digits) if stat.get("interval") else ""
     return f"{stat['mean']:.{digits}f}{between}"
@@ -388,6 +388,11 @@ def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def within_view(figures: dict) -> list[str]:
+    part = figures["within_view"]
+    return [with_interval(part[kind], 2) if part else "one view only" for kind in ("generated", "real")]
+
+
 def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of what is read in films of what captions assert; `part` as `alignment.agreement` returns it."""
     kinds = ("generated", "base", "real", "shuffled", "new_captions")
@@ -396,12 +401,15 @@ def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
         counts = f"{figures['positive']} of {figures['films']}"
         rows.append([label, counts, *(with_interval(figures[kind], 2) for kind in kinds[:4])])
         rows[-1].append(with_interval(figures["new_captions"], 2) or f"too few of {figures['new']}")
+        rows[-1] += within_view(figures)
     if part["mean"]:
         count = f"{part['mean']['generated']['findings']} findings"
-        rows.insert(0, ["mean over findings", count, *(with_interval(part["mean"][kind], 2) for kind in kinds)])
+        cells = [with_interval(part["mean"][kind], 2) for kind in kinds]
+        rows.insert(0, ["mean over findings", count, *cells, *within_view(part["mean"])])
     heads = [
         "AUROC of what is known of the film", "held-out captions", "adapter", "base without LoRA",
         "ceiling: the real films", "floor: captions shuffled", "adapter, captions that training never saw",
+        "adapter, within one view", "ceiling, within one view",
     ]  # fmt: skip
     return heads, rows
 
