@@ -298,7 +298,15 @@ def test_what_captions_say_is_read_in_films(read_runs: Path) -> None:
     part = metrics["alignment"]["labels"]["pneumonia"]
     assert (part["films"], part["positive"]) == (24, 12)
     assert part["shuffled"]["interval"][0] < 0.5 < part["shuffled"]["interval"][1]
-    assert set(metrics["alignment"]["mean"]) == {"generated", "base", "real", "shuffled", "new_captions"}
+    assert set(metrics["alignment"]["mean"]) == {
+        "generated",
+        "base",
+        "real",
+        "shuffled",
+        "new_captions",
+        "within_view",
+    }
+    assert metrics["alignment"]["mean"]["within_view"] is None, "all films are PA"
     assert metrics["counterfactual"]["pneumonia"]["pairs"] == 12
     assert metrics["tstr"]["films"] == 24
     rows = [json.loads(line) for line in (folder / "readings.jsonl").open()]
