@@ -529,7 +529,7 @@ def html_page(title: str, parts: Sequence[str]) -> str:
     """Return a page of its own from pieces of HTML under a heading."""
     style = (
         "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{display:block;max-width:100%}"
-        "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
+        "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1em 0}"
         "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}dt{font-weight:bold}td{overflow-wrap:anywhere}"
         "@media print{body{max-width:none}table{display:table}img,tr{break-inside:avoid}}"
     )
