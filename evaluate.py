@@ -742,6 +742,8 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
             other_of = {row["file_name"]: row for row in read_readings(other_folders)}
             others = columns_of([other_of[row["file_name"]] for row in readings], "generated")
             record["against"]["alignment"] = agreement_gain(asked_of(readings, seed), scores["generated"], others)
+        else:
+            print("trained on different numbers of films, so with other probes: what captions assert is not compared")
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()

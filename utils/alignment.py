@@ -68,6 +68,7 @@ def assertions(rows: Sequence[dict]) -> list[dict[str, bool]]:
 
 
 def is_finding(label: str) -> bool:
+    """Return whether a label is one of the table's findings, not of the caption's own words."""
     return label not in CONTRASTS and label != AGE_LABEL
 
 

@@ -91,6 +91,7 @@ def caption_pull(
         latent_shape: (C, h, w).
         timestep: the schedule's last.
         batch_size: captions at a time.
+        device: of the models.
     """
     noises = torch.randn(NOISES, 1, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
     empty = text_encoder(empty_ids.to(device))[0]

@@ -44,7 +44,10 @@ def bundled_space(device: torch.device) -> FilmSpace:
         reading = encoder(films.to(device))
         return reading.features, torch.cat([reading.features, reading.finding_logits], dim=1)
 
-    note = "64 features of the bundled encoder, which learnt children's films and drawn findings; its figures compare with one another only"
+    note = (
+        "64 features of the bundled encoder, which learnt children's films and drawn findings; its figures compare with one "
+        "another only"
+    )
     return FilmSpace(BUNDLED_ENCODER.name, note, embed)
 
 
@@ -61,8 +64,8 @@ def xrv_space(device: torch.device) -> FilmSpace:
         return features, features
 
     note = (
-        f"1,024 features of torchxrayvision's {XRV_WEIGHTS}, which saw Open-i, NIH, PadChest, CheXpert, MIMIC, RSNA and Google's films: "
-        "on films of those sets its readings flatter"
+        f"1,024 features of torchxrayvision's {XRV_WEIGHTS}, which saw Open-i, NIH, PadChest, CheXpert, MIMIC, RSNA and "
+        "Google's films: on films of those sets its readings flatter"
     )
     return FilmSpace("xrv", note, embed)
 
