@@ -4,8 +4,9 @@ Features are rows, float [N, D], of whatever encoder made both sets. A distance 
 beside the same distance between two halves of the real films, as many on each side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from utils.refusal import Refused
 
 NEIGHBOURS_KEPT = 20  # so that after any half of the films is left out one is nearly always among them
 EXACT = "donot_use_mm_for_euclid_dist"  # by matrix products a copy would not lie at exactly 0
-CHUNK = 256  # rows of a matrix of distances or kernels at a time
+CHUNK = 256  # rows and columns of a matrix of distances or kernels at a time, and films in float64
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -33,7 +34,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         Refused: with D films or fewer in a set, whose covariance would be singular.
     """
-    a, b = _as_features(a, b)
+    a, b = (features.double() for features in _as_features(a, b))
     num_features = a.shape[1]
     if min(len(a), len(b)) <= num_features:
         raise Refused(
@@ -73,11 +74,11 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of each row of the kernel matrix [N, M], [N]."""
-    return torch.cat([poly_kernel(rows, b).sum(dim=1) for rows in a.split(CHUNK)])
+    return torch.cat([_blocks(poly_kernel, rows, b).sum(dim=1) for rows in a.split(CHUNK)])
 
 
 def _kernel_diagonal(a: Tensor) -> Tensor:
-    return (a.square().mean(dim=1) + 1) ** 3
+    return torch.cat([(rows.double().square().mean(dim=1) + 1) ** 3 for rows in a.split(CHUNK)])
 
 
 def nearest_neighbours(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def nearest_neighbours(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
         float64 [N] and int64 [N]; of equally near ones the first.
     """
     query, reference = _as_features(query, reference)
-    found = [torch.cdist(rows, reference, compute_mode=EXACT).min(dim=1) for rows in query.split(CHUNK)]
+    found = [_distances(rows, reference).min(dim=1) for rows in query.split(CHUNK)]
     return torch.cat([nearest.values for nearest in found]), torch.cat([nearest.indices for nearest in found])
 
 
@@ -116,7 +117,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
     balls = torch.zeros(len(generated))  # about real films, that hold it
     within, covered = [], []
     for rows, radii in zip(real.split(CHUNK), of_real.split(CHUNK), strict=True):
-        distances = torch.cdist(rows, generated, compute_mode=EXACT)  # [n, M]
+        distances = _distances(rows, generated)  # [n, M]
         inside = distances < radii[:, None]
         balls += inside.sum(dim=0)
         covered.append(inside.any(dim=1))
@@ -131,12 +132,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return the distance of each film to its k-th nearest neighbour but itself, [N]."""
-    return torch.cat(
-        [
-            torch.cdist(rows, features, compute_mode=EXACT).kthvalue(k + 1, dim=1).values
-            for rows in features.split(CHUNK)
-        ]
-    )
+    return torch.cat([_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(CHUNK)])
 
 
 @dataclass(frozen=True)
@@ -212,12 +208,8 @@ def memorisation(
 def _sorted_neighbours(query: Tensor, reference: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return distances and places of the nearest NEIGHBOURS_KEPT of `reference` to each row, nearest first, [N, NEIGHBOURS_KEPT]."""
     query, reference = _as_features(query, reference)
-    found = [
-        torch.cdist(rows, reference, compute_mode=EXACT).topk(
-            min(NEIGHBOURS_KEPT, len(reference)), dim=1, largest=False
-        )
-        for rows in query.split(CHUNK)
-    ]
+    count = min(NEIGHBOURS_KEPT, len(reference))
+    found = [_distances(rows, reference).topk(count, dim=1, largest=False) for rows in query.split(CHUNK)]
     return torch.cat([near.values for near in found]).numpy(), torch.cat([near.indices for near in found]).numpy()
 
 
@@ -314,9 +306,19 @@ def weighted_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) 
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
 
 
+def _distances(rows: Tensor, reference: Tensor) -> Tensor:
+    """Return Euclidean distances, float64 [n, M]; a copy lies at exactly 0."""
+    return _blocks(partial(torch.cdist, compute_mode=EXACT), rows, reference)
+
+
+def _blocks(compare: Callable[[Tensor, Tensor], Tensor], rows: Tensor, reference: Tensor) -> Tensor:
+    """Return `compare` of each row with each of `reference`, [n, M], in float64, of which no whole set is ever copied."""
+    return torch.cat([compare(rows.double(), part.double()) for part in reference.split(CHUNK)], dim=1)
+
+
 def _as_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two sets of features in float64 on the CPU."""
-    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    """Return two sets of features on the CPU, as precise as they came."""
+    a, b = (torch.as_tensor(x).detach().cpu() for x in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features of shapes {list(a.shape)} and {list(b.shape)}; expected [N, D] and [M, D]")
     if not (a.isfinite().all() and b.isfinite().all()):
