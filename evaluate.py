@@ -32,7 +32,6 @@ import csv
 import html
 import io
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -121,7 +120,7 @@ from utils.report import (
     save_png,
     tstr_over_folds_table,
 )
-from utils.runlog import package_versions
+from utils.runlog import package_versions, read_config
 from utils.seeding import derive_seed
 from utils.subgroups import subgroups
 from utils.tokens import tokenize
@@ -656,17 +655,6 @@ def same_caption_pairs(
     pairs = [(i, j) for of in places.values() for i, j in itertools.combinations(of, 2) if patients[i] != patients[j]]
     order = np.random.default_rng(derive_seed(seed, "same caption")).permutation(len(pairs))[:most]
     return [pairs[i] for i in sorted(order)]
-
-
-def read_config(run_dir: Path) -> dict:
-    """Return a run's settings as `train_lora.py` recorded them."""
-    config = run_dir / "config.json"
-    if not config.is_file():
-        raise Refused(f"no training run at {run_dir} ({config} is missing); expected a folder such as out/fold2")
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
 
 
 def rebuilt_films(

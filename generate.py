@@ -1,40 +1,54 @@
 """Generate synthetic chest radiographs from text.
 
     python generate.py --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly." --lora out/fold2
+    python generate.py --lora out/fold2 --from_fold                 # the captions of the fold that training never saw
+    python generate.py --lora out/fold2 --grid view=PA,AP findings=none,pneumonia,effusion+cardiomegaly --num_images 4
 
 Writes to images/ (--output_dir):
 
-    <prompt>_<seed>_<hash>.png   8-bit grey; how it was made is in its text chunks
+    <prompt>_<seed>_<hash>.png   8-bit grey (--bit_depth 16); how it was made is in its text chunks
     images.jsonl                 the same, a row an image
+    metadata.jsonl               makes the folder a data set: train_lora.py --train_data_dir images trains on it
     contact_sheet.png            this command's images, a row a prompt
+    dicom/                       the same images as DICOM Secondary Capture (--dicom)
 
-Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise. The hash is one
-of everything an image depends on: the same command leaves finished images alone, another never overwrites them.
+Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise; a data set to train on
+needs other noise for every image (--own_noise). The hash is one of everything an image depends on: the same command leaves
+finished images alone and goes on after a kill, another never overwrites them. Several processes share the work:
+accelerate launch generate.py ...
 """
 
 import argparse
-import hashlib
-import io
 import math
-import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from accelerate import Accelerator, InitProcessGroupKwargs
+from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
-from utils.files import canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
-from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
+from utils.files import require_space, sha256_file, write_bytes
+from utils.films import UnusableFilm
+from utils.folds import split_fold, with_folds
+from utils.hardware import (
+    choose_mixed_precision,
+    compile_blocks,
+    compile_problem,
+    explain_out_of_memory,
+    keep_freed_memory,
+    use_all_cores,
+)
+from utils.images import grey_levels, load_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
+from utils.metadata import dataset_hash, read_metadata
 from utils.pipeline import (
     SCHEDULERS,
     assemble,
@@ -42,16 +56,25 @@ from utils.pipeline import (
     cast_frozen,
     default_base,
     load_base,
-    put_on_adapter,
-    sample,
+    merge_adapters,
+    sample_pictures,
+    scheduler_class,
     with_schedule,
 )
+from utils.prompts import AXES, LABELS, Prompt, check_prompts, grid_prompts, read_prompts
+from utils.provenance import DISCLAIMER, eight_bits, encode_png, file_name, note, read_made, read_png, settle_records
+from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
+from utils.runlog import package_versions, read_config
+from utils.secondary_capture import LABEL, encode_dicom
+from utils.seeding import derive_seed
 from utils.tokens import fit_captions
 
-DISCLAIMER = "Synthetic: made by a diffusion model from text. Not for diagnosis."
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
+SLICED_FROM = 512  # pixels: films go through the decoder one at a time
+LISTED = 5  # long prompts told one by one
+VERSIONS = ("torch", "diffusers", "transformers", "peft")  # that pixels may depend on
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,13 +82,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], help="text of a film; repeat for more")
-    add("--prompts_file", type=Path, help="text file with a prompt a line")
+    add("--prompts_file", type=Path, metavar="FILE",
+        help="text with a prompt a line; or .csv or .jsonl with a column prompt or text (and negative_prompt, seed, "
+        "findings, view, age, sex), such as data/metadata.jsonl")  # fmt: skip
+    add("--grid", nargs="+", default=[], metavar="AXIS=A,B",
+        help=f"a prompt for every combination of {', '.join(AXES)}; findings go together with +")  # fmt: skip
+    add("--from_fold", action="store_true", help="captions of the fold that the run of --lora held out")
+    add("--train_data_dir", type=Path, help="its films [where the run found them]")
+    add("--negative_prompt", default="", help="what guidance leads away from [nothing]")
     add("--num_images", type=int, default=1, help="images a prompt [1]")
     add("--seed", type=int, default=0, help="image j starts from the noise of seed + j [0]")
+    add(
+        "--own_noise",
+        action="store_true",
+        help="other noise for every image of the command, not the same for each prompt",
+    )
+    add("--init_image", type=Path, help="begin at this film (PNG, JPEG, DICOM) with noise added, not at noise")
+    add("--strength", type=float, default=0.5, help="how much noise, in (0, 1]; 1 leaves nothing of it [0.5]")
 
     add = parser.add_argument_group("model").add_argument
-    add("--lora", type=Path, help="adapter: a run's folder or a safetensors file [none: the bare base]")
-    add("--lora_scale", type=float, default=1.0, help="weight of the adapter; 0 is the bare base [1]")
+    add("--lora", type=Path, nargs="+", default=[], metavar="ADAPTER",
+        help="a run's folder or a safetensors file; several are added up [none: the bare base]")  # fmt: skip
+    add("--lora_scale", type=float, nargs="+", default=[1.0], help="weight of each adapter; 0 is the bare base [1]")
     add("--no_vae_decoder", action="store_true", help="keep the base's decoder where one lies beside the adapter")
     add("--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [the adapter's own base]")
     add("--revision", help="branch, tag or commit of the base on the hub")
@@ -74,14 +112,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling").add_argument
     add("--num_inference_steps", type=int, default=25, help="solver steps [25]")
-    add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance; 1 is none [4]")
-    add("--scheduler", choices=sorted(SCHEDULERS), default="dpmsolver++", help="solver [dpmsolver++]")
+    add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance, 3 to 4 for films; 1 is none [4]")
+    add("--scheduler", default="dpmsolver++",
+        help=f"solver: {', '.join(SCHEDULERS)}, or the name of any of diffusers' classes for it [dpmsolver++]")  # fmt: skip
     add("--resolution", type=int, help="side in pixels [the adapter's own, else the base's]")
     add("--batch_size", type=int, default=4, help="images at a time; short batches are filled up [4]")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+    add("--compile", action="store_true", help="compile the UNet's blocks: pays for hundreds of images, on a GPU")
+
+    add = parser.add_argument_group("quality control").add_argument
+    add(
+        "--reference",
+        type=Path,
+        metavar="DATA",
+        help="imagefolder of real films: flag images that are far from all of them",
+    )
+    add(
+        "--reject",
+        type=int,
+        default=0,
+        metavar="TIMES",
+        help="draw a flagged image anew, from other noise, so often [0]",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("images"), help="folder of the images [images]")
+    add("--bit_depth", type=int, choices=[8, 16], default=8, help="of a pixel [8]")
+    add("--dicom", action="store_true", help="write DICOM Secondary Capture, too, also of images that are there")
+    add("--burn_label", action="store_true", help=f'write "{LABEL}" into the DICOM films')
     return parser.parse_args(argv)
 
 
@@ -90,76 +148,79 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("num_images", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
-    if args.seed < 0:
-        raise Refused(f"--seed {args.seed}; expected 0 or more")
-    for name in ("guidance_scale", "lora_scale"):
-        if not math.isfinite(getattr(args, name)):
-            raise Refused(f"--{name} {getattr(args, name)}; expected a finite number")
+    for name in ("seed", "reject"):
+        if getattr(args, name) < 0:
+            raise Refused(f"--{name} {getattr(args, name)}; expected 0 or more")
+    for name, value in [
+        ("guidance_scale", args.guidance_scale),
+        *(("lora_scale", value) for value in args.lora_scale),
+    ]:
+        if not math.isfinite(value):
+            raise Refused(f"--{name} {value}; expected a finite number")
+    if not 0 < args.strength <= 1:
+        raise Refused(f"--strength {args.strength}; expected a number above 0, at most 1")
+    if args.negative_prompt and args.guidance_scale <= 1:
+        raise Refused(
+            f"--negative_prompt has no effect with --guidance_scale {args.guidance_scale}; expected more than 1"
+        )
+    if len(args.lora_scale) not in (1, max(1, len(args.lora))):
+        raise Refused(
+            f"{len(args.lora_scale)} of --lora_scale for {len(args.lora)} of --lora; expected one, or one each"
+        )
+    if args.from_fold and len(args.lora) != 1:
+        raise Refused("--from_fold draws the captions that one run held out; expected --lora out/fold2")
+    if args.burn_label and not args.dicom:
+        raise Refused("--burn_label writes into DICOM films only, so that the others can be trained on; add --dicom")
+    scheduler_class(args.scheduler)
     choose_mixed_precision(args.mixed_precision)
 
 
-def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
-    """Return the prompts of the command line and of a file, without blank ones."""
-    lines = []
-    if file is not None:
-        if not file.is_file():
-            raise Refused(f"no prompts at {file}; expected a text file with a prompt a line")
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise Refused(f"{file} is no text file in UTF-8 ({error.reason})") from error
-    kept = [text.strip() for text in [*prompts, *lines] if text.strip()]
-    if not kept:
-        raise Refused('no prompt; expected --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly."')
-    return list(dict.fromkeys(kept))
+def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Return all that the command line asks for: its own prompts, those of a file, of a grid, of a held-out fold."""
+    prompts = [Prompt(text.strip()) for text in args.prompt if text.strip()]
+    if args.prompts_file is not None:
+        prompts += read_prompts(args.prompts_file)
+    if args.grid:
+        prompts += grid_prompts(args.grid)
+    if args.from_fold:
+        prompts += held_out_prompts(args.lora[0], args.train_data_dir)
+    return check_prompts(prompts)
 
 
-def file_name(image: dict) -> str:
-    """Return a name that says what an image shows and differs for images that differ in anything."""
-    words = re.sub(r"[^a-z0-9]+", "-", image["prompt"].lower()).strip("-")[:60].strip("-")
-    digest = hashlib.sha256(canonical_json(image).encode()).hexdigest()[:8]
-    return f"{words}_{image['seed']}_{digest}.png"
+def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
+    """Return the captions of the films that a run was not trained on, with what the table says of them."""
+    config = read_config(run_dir)
+    settings = config["settings"]
+    data_dir = data_dir or Path(config["train_data_dir"])
+    rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
+    rows = with_folds(rows, group_by=settings["group_by"])
+    if dataset_hash(rows) != config["data_hash"]:
+        raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
+    _, _, held_out = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
+    return [
+        Prompt(row["text"], labels={name: row[name] for name in LABELS if row.get(name) not in (None, "")})
+        for row in held_out
+    ]
 
 
-def encode_png(film: torch.Tensor, image: dict) -> bytes:
-    """Return a film, uint8 [H, W], as PNG with its provenance in text chunks; equal films give equal bytes."""
-    chunks = PngInfo()
-    chunks.add_text("Synthetic", "YES")
-    chunks.add_text("Disclaimer", DISCLAIMER)
-    for name, value in image.items():
-        chunks.add_itxt(name, "none" if value is None else str(value))
-    buffer = io.BytesIO()
-    Image.fromarray(film.numpy()).save(buffer, format="PNG", pnginfo=chunks)
-    return buffer.getvalue()
+def load_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, dict]:
+    """Return a pipeline with adapters merged into it, and what its images have to say of it."""
+    files = [find_adapter(path) for path in args.lora]
+    scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
+    adapters, headers = zip(*map(read_adapter, files), strict=True) if files else ((), ())
+    decoders = {} if args.no_vae_decoder else {sha256_file(path): path for path in map(find_decoder, files) if path}
+    if len(decoders) > 1:
+        listed = " and ".join(map(str, decoders.values()))
+        raise Refused(f"each adapter has a decoder of its own beside it ({listed}); add --no_vae_decoder")
+    for name in ("base", "resolution"):
+        if (
+            len(values := {header[name]: file for header, file in zip(headers, files, strict=True) if name in header})
+            > 1
+        ):
+            listed = ", ".join(f"{file} has {value}" for value, file in values.items())
+            raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
+    header = next((header for header in headers if header), {})
 
-
-def add_to_record(output_dir: Path, names: Sequence[str], images: Sequence[dict]) -> None:
-    """Add rows to `images.jsonl`, also for images that an earlier call was killed before it could name."""
-    record = output_dir / "images.jsonl"
-    lock = hold_lock(output_dir / ".lock")
-    if lock is None:
-        raise Refused(f"another generate.py is writing {record}; the images are there, the same command names them")
-    rows = {row["file_name"]: row for row in read_jsonl(record)} if record.exists() else {}
-    for name, image in zip(names, images, strict=True):
-        rows[name] = {"file_name": name} | image | {"synthetic": True, "sha256": sha256_file(output_dir / name)}
-    write_jsonl(record, rows.values())
-    lock.close()
-
-
-def main(args: argparse.Namespace) -> None:
-    check_args(args)
-    prompts = read_prompts(args.prompt, args.prompts_file)
-
-    # The base, and the adapter on it
-    adapter, header, adapter_file, decoder_file = {}, {}, None, None
-    if args.lora is not None:
-        adapter_file = find_adapter(args.lora)
-        adapter, header = read_adapter(adapter_file)
-        decoder_file = None if args.no_vae_decoder else find_decoder(adapter_file)
-    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-        keep_freed_memory()
     trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
         revision, variant = args.revision or trained["revision"], args.variant or trained["variant"]
@@ -169,70 +230,180 @@ def main(args: argparse.Namespace) -> None:
     base = load_base(base_name, revision, variant, args.cache_dir)
     base = with_schedule(base, trained.get("prediction_type"), trained.get("rescale_betas_zero_snr", False))
     resolution = args.resolution or header.get("resolution") or base.resolution
-    if resolution % base.pixel_multiple:
+    if resolution < 1 or resolution % base.pixel_multiple:
         raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
+
     pipeline = assemble(base, args.scheduler)
-    if adapter:
-        put_on_adapter(pipeline, adapter, args.lora_scale)
-    if decoder_file is not None:
-        put_on_decoder(base.vae, read_decoder(decoder_file)[0])
+    try:
+        merge_adapters(pipeline, list(zip(adapters, scales, strict=True)))
+    except Refused as refusal:
+        if header.get("base", base_name) == base_name:
+            raise
+        raise Refused(f"{files[0]} is an adapter for {header['base']}, not for {base_name}: {refusal}") from refusal
+    for path in decoders.values():
+        put_on_decoder(base.vae, read_decoder(path)[0])
+
     cast_frozen(base.unet, accelerator.mixed_precision)
     for model in (base.unet, base.text_encoder, base.vae):
         model.requires_grad_(False).eval()
-    if accelerator.device.type == "cpu":
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
         use_frozen_products(base.unet, base.text_encoder, base.vae)
+    if on_cpu or resolution >= SLICED_FROM:  # a film at a time stays in the processor's cache, or fits into memory
+        base.vae.enable_slicing()
     base.vae.to(accelerator.device, memory_format=torch.channels_last)
     for model in (base.unet.to(memory_format=torch.channels_last), base.text_encoder):
         accelerator.prepare_model(model, evaluation_mode=True)
-    print(
-        f"base {base_name}, adapter {adapter_file or 'none'}, {accelerator.mixed_precision} on {accelerator.device.type}"
-    )
-    if decoder_file is not None:
-        print(f"decoder {decoder_file}, fitted to radiographs; --no_vae_decoder takes the base's own")
+    if args.compile:
+        if problem := compile_problem(accelerator.device):
+            raise Refused(f"--compile does not work here ({problem}); leave it out")
+        compile_blocks(base.unet)
 
-    for prompt, fitted in zip(prompts, fit_captions(base.tokenizer, prompts), strict=True):
-        if fitted != prompt:
-            print(f"longer than {base.tokenizer.model_max_length} tokens, drawn from its beginning: {fitted}")
+    named = ", ".join(f"{file} x {scale:g}" for file, scale in zip(files, scales, strict=True)) or "none"
+    accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")
+    for path in decoders.values():
+        accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
+    described = {
+        "base": base_name, "base_revision": revision,
+        "adapters": [
+            {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True)
+        ],
+        "decoder_sha256": next(iter(decoders), None), "resolution": resolution,
+        "mixed_precision": accelerator.mixed_precision,
+    }  # fmt: skip
+    return pipeline, described
+
+
+def tell_long_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> None:
+    """Say what of which prompts is drawn, where the text encoder's window does not hold all of it."""
+    texts = [text for prompt in prompts for text in (prompt.text, prompt.negative) if text]
+    long = [kept for text, kept in zip(texts, fit_captions(pipeline.tokenizer, texts), strict=True) if kept != text]
+    for kept in long[:LISTED]:
+        print(f"longer than {pipeline.tokenizer.model_max_length} tokens, drawn from its beginning: {kept}")
+    if len(long) > LISTED:
+        print(f"{len(long) - LISTED} more prompts are longer, too")
+
+
+def noise_seed(request: dict, attempt: int) -> int:
+    """Return the seed of the noise that an image starts from when it is drawn for the first, second, ... time."""
+    return derive_seed(request["seed"], "drawn anew", attempt) if attempt else request["seed"]
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    prompts = gather_prompts(args)
+
+    # The base, and the adapters in it
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
+    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+        keep_freed_memory()
+    pipeline, model = load_model(args, accelerator)
+    resolution, output_dir = model["resolution"], args.output_dir
+    quality = QualityControl(args.reference, resolution, accelerator.device)
+    init_image = init_sha256 = None
+    if args.init_image is not None:
+        try:
+            init_image, init_sha256 = load_film(args.init_image, resolution), sha256_file(args.init_image)
+        except (OSError, UnusableFilm) as error:
+            raise Refused(f"--init_image {args.init_image} is no film that can be read ({error})") from error
+        accelerator.print("images that begin at a film show its patient: share them no further than that film")
+    if accelerator.is_main_process:
+        tell_long_prompts(pipeline, prompts)
 
     # What is asked for, less what an earlier call of the same command has made
-    images = [
-        {
-            "prompt": prompt, "seed": args.seed + j, "base": base_name, "base_revision": revision,
-            "adapter_sha256": sha256_file(adapter_file) if adapter_file else None, "lora_scale": args.lora_scale,
-            "decoder_sha256": sha256_file(decoder_file) if decoder_file else None,
-            "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
-            "scheduler": args.scheduler, "resolution": resolution, "mixed_precision": accelerator.mixed_precision,
-            "batch_size": args.batch_size,
-        }
-        for prompt in prompts
-        for j in range(args.num_images)
-    ]  # fmt: skip
-    names = [file_name(image) for image in images]
-    missing = [i for i in range(len(images)) if not (args.output_dir / names[i]).exists()]
+    settings = {
+        "scheduler": args.scheduler, "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale, "batch_size": args.batch_size, "bit_depth": args.bit_depth,
+        "init_image_sha256": init_sha256, "strength": None if init_sha256 is None else args.strength,
+        "reference_sha256": quality.reference_sha256, "reject": args.reject,
+    }  # fmt: skip
+    images, labels, names_by_prompt = {}, {}, []
+    for number, prompt in enumerate(prompts):
+        first = args.seed + (number * args.num_images if args.own_noise else 0)
+        first = first if prompt.seed is None else prompt.seed
+        negative = prompt.negative or args.negative_prompt
+        requests = [
+            {"prompt": prompt.text, "negative_prompt": negative, "seed": first + j, **model, **settings}
+            for j in range(args.num_images)
+        ]
+        names_by_prompt.append([file_name(request) for request in requests])
+        images |= zip(names_by_prompt[-1], requests, strict=True)
+        labels |= dict.fromkeys(names_by_prompt[-1], prompt.labels)
+    names = list(images)
+    missing = {name for name in names if not (output_dir / name).exists()}
+    if accelerator.is_main_process:
+        require_space(output_dir, len(missing) * resolution**2 * args.bit_depth // 8, "the images")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        settle_records(output_dir, [name for name in names if name not in missing])
+    accelerator.wait_for_everyone()
 
-    # One generator an image: it does not depend on what else is asked for
-    films = sample(
-        pipeline, [images[i]["prompt"] for i in missing], [images[i]["seed"] for i in missing], resolution,
-        args.num_inference_steps, args.guidance_scale, args.batch_size,
-    )  # fmt: skip
-    for i, film in zip(missing, tqdm(films, total=len(missing), desc="generating", unit="image"), strict=True):
-        write_bytes(args.output_dir / names[i], encode_png(film, images[i]))
-    add_to_record(args.output_dir, names, images)
+    # One generator an image: it does not depend on what else is asked for, nor on which process draws it
+    versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
+    mine = names[accelerator.process_index :: accelerator.num_processes]
+    pending = [(name, 0) for name in mine if not (output_dir / name).exists()]
+    bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
+    with explain_out_of_memory("generating", "lower --batch_size, or --resolution"):
+        while pending:
+            pictures = sample_pictures(
+                pipeline, [images[name]["prompt"] for name, _ in pending],
+                [noise_seed(images[name], attempt) for name, attempt in pending], resolution, args.num_inference_steps,
+                args.guidance_scale, args.batch_size, [images[name]["negative_prompt"] for name, _ in pending], init_image,
+                args.strength,
+            )  # fmt: skip
+            again = []
+            for (name, attempt), picture in zip(pending, pictures, strict=True):
+                flags = quality.flags(picture)
+                if flags and attempt < args.reject:
+                    again.append((name, attempt + 1))
+                    continue
+                made = images[name] | {
+                    "noise_seed": noise_seed(images[name], attempt), "attempts": attempt + 1, "flags": flags,
+                    "labels": labels[name], "versions": versions,
+                }  # fmt: skip
+                film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
+                write_bytes(output_dir / name, encode_png(film, made))
+                note(output_dir, name, made)
+                bar.update()
+            pending = again
+    bar.close()
+
+    # The same as DICOM, from the images as they lie there
+    if args.dicom:
+        for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
+            film, made = read_png(output_dir / name), read_made(output_dir / name)
+            path = (output_dir / "dicom" / name).with_suffix(".dcm")
+            write_bytes(path, encode_dicom(film, made, args.burn_label))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    rows = settle_records(output_dir, names)
 
     # What a person looks at
     shown = [
-        [
-            np.asarray(Image.open(args.output_dir / names[row * args.num_images + j]))
-            for j in range(min(args.num_images, SHEET_COLUMNS))
-        ]
-        for row in range(min(len(prompts), SHEET_ROWS))
+        [eight_bits(read_png(output_dir / name)) for name in of_prompt[:SHEET_COLUMNS]]
+        for of_prompt in names_by_prompt[:SHEET_ROWS]
     ]
-    seeds = [f"seed {args.seed + j}" for j in range(len(shown[0]))]
-    sheet = contact_sheet(shown, prompts[: len(shown)], seeds, DISCLAIMER)
-    save_png(args.output_dir / "contact_sheet.png", sheet)
-    print(
-        f"{len(missing)} new of {len(images)} images in {args.output_dir}; look at {args.output_dir}/contact_sheet.png"
-    )
+    in_step = not args.own_noise and all(prompt.seed is None for prompt in prompts)
+    seeds = [f"seed {args.seed + j}" if in_step else "" for j in range(len(shown[0]))]
+    sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, DISCLAIMER)
+    save_png(output_dir / "contact_sheet.png", sheet)
+    tell_quality(rows)
+    print(f"{len(missing)} new of {len(images)} images in {output_dir}; look at {output_dir}/contact_sheet.png")
+
+
+def tell_quality(rows: Sequence[dict]) -> None:
+    """Say how many images quality control has flagged, or had drawn anew."""
+    counts = Counter(flag for row in rows for flag in row["flags"])
+    if counts:
+        listed = ", ".join(f"{count} {flag}" for flag, count in counts.most_common())
+        flagged = sum(bool(row["flags"]) for row in rows)
+        print(
+            f"{flagged} of {len(rows)} images flagged ({listed}): left out of metadata.jsonl; --reject 3 draws such anew"
+        )
+    if anew := sum(row["attempts"] > 1 for row in rows):
+        print(f"{anew} of {len(rows)} images drawn anew")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ SCRIPTS = ("download", "train_lora", "generate", "evaluate")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "bitsandbytes", "xformers"}
 LAYERS = {
     0: {
-        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pages", "pseudonyms", "quiet", "transfer",
-        "refusal", "release", "report", "reports", "runlog", "seeding", "subgroups",
+        "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pages", "prompts", "provenance", "pseudonyms", "quiet", "transfer",
+        "refusal", "release", "report", "reports", "runlog", "secondary_capture", "seeding", "subgroups",
     },
     1: {"alignment", "audit", "boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics", "realism"},
-    2: {"checkpoint", "cross_validation", "decoder", "encoders", "export", "features", "figures", "findings", "hardware", "latents", "lora", "pipeline", "tokens", "validation"},
+    2: {"checkpoint", "cross_validation", "decoder", "encoders", "export", "features", "figures", "findings", "hardware", "latents", "lora", "pipeline", "quality", "tokens", "validation"},
 }  # fmt: skip
 ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
@@ -107,6 +107,8 @@ BAD_INPUT = [
     ("train_lora", ["--rank", "many"]),
     ("generate", ["--prompt", "x", "--lora", "/nowhere"]),
     ("generate", ["--no_such_flag"]),
+    ("generate", ["--prompt", "x", "--scheduler", "magic"]),
+    ("generate", ["--grid", "colour=red"]),
     ("evaluate", ["--lora", "/nowhere"]),
     ("evaluate", ["--cross_validation", "/nowhere"]),
 ]

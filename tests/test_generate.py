@@ -72,7 +72,7 @@ def test_images_are_grey_and_say_how_they_were_made(tiny_base: Path, tmp_path: P
     assert image.text["Synthetic"] == "YES"
     assert "Not for diagnosis" in image.text["Disclaimer"]
     assert image.text["prompt"] == "Überlagerung, left."
-    for name in ("seed", "guidance_scale", "num_inference_steps", "scheduler", "base", "adapter_sha256"):
+    for name in ("seed", "guidance_scale", "num_inference_steps", "scheduler", "base", "adapters"):
         assert name in image.text
     assert row["synthetic"] is True
     assert (tmp_path / "contact_sheet.png").is_file()

@@ -109,8 +109,13 @@ def terms_of(base: str, data_dir: Path) -> list[str]:
 
 
 def _sources(data_dir: Path) -> list[dict]:
-    dataset = data_dir / "dataset.json"
-    return json.loads(dataset.read_text(encoding="utf-8")).get("sources", []) if dataset.is_file() else []
+    """Return `source`, `license` and `terms` of each part of a data set: as download.py noted them, else as its rows have them."""
+    dataset, table = data_dir / "dataset.json", data_dir / "metadata.jsonl"
+    if dataset.is_file():
+        return json.loads(dataset.read_text(encoding="utf-8")).get("sources", [])
+    rows = read_jsonl(table) if table.is_file() else []
+    named = dict.fromkeys((row["source"], row["license"]) for row in rows if row.get("source") and row.get("license"))
+    return [{"source": source, "license": license, "terms": ""} for source, license in named]
 
 
 def model_card(

@@ -56,9 +56,21 @@ def to_films(pixel_values: Tensor) -> Tensor:
     Rounds as `diffusers` does and weighs the channels as Pillow's `convert("L")` does (ITU-R 601-2), bit for bit, so
     that a film from our loop and one from a stock pipeline are the same film.
     """
-    rgb = ((pixel_values.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.int32).cpu()
-    red, green, blue = rgb.unbind(dim=1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
+    return grey_levels((pixel_values.float() / 2 + 0.5).clamp(0, 1).cpu()).to(torch.uint8)
+
+
+def grey_levels(pictures: Tensor, bits: int = 8) -> Tensor:
+    """Return a pipeline's pictures as grey levels, weighed as in `to_films`.
+
+    Args:
+        pictures: float32 [B, 3, H, W] in [0, 1].
+        bits: 8 or 16, of a level.
+
+    Returns:
+        int64 [B, H, W], 0 to 2^bits - 1.
+    """
+    red, green, blue = (pictures * (2**bits - 1)).round().to(torch.int64).unbind(dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 def to_grey(image: Image.Image) -> Tensor:

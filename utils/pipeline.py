@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 import transformers
 from diffusers import (
@@ -12,6 +14,8 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -20,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from utils.images import to_grey
+from utils.images import grey_levels
 from utils.refusal import Refused
 from utils.tokens import fit_captions
 
@@ -203,17 +207,59 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
         pipeline.disable_lora()
 
 
+def merge_adapters(pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[dict[str, Tensor], float]]) -> None:
+    """Add the weighted sum of some adapters to a pipeline's own weights, where it costs nothing in sampling.
+
+    Args:
+        pipeline: in fp32.
+        adapters: tensors of an adapter file, from `lora.read_adapter`, and the factor of their update.
+
+    Raises:
+        Refused: where one does not fit the base, or holds numbers that are not finite.
+    """
+    weights = {}
+    for number, (state, scale) in enumerate(adapters):
+        try:
+            pipeline.load_lora_weights(dict(state), adapter_name=f"adapter{number}")
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
+        if scale:  # DoRA renormalises the base's weights at any scale
+            weights[f"adapter{number}"] = scale
+    if weights:
+        pipeline.set_adapters(list(weights), list(weights.values()))
+        try:
+            pipeline.fuse_lora(adapter_names=list(weights), safe_fusing=True)
+        except ValueError as error:
+            raise Refused(f"an adapter whose numbers are not finite ({error}); train it again") from error
+    pipeline.unload_lora_weights()
+
+
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """Return a solver by its short name, a key of SCHEDULERS, or by that of its class in diffusers.
+
+    Raises:
+        Refused: for one that there is not, or that Stable Diffusion cannot be sampled with.
+    """
+    known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    found = SCHEDULERS.get(name, known)
+    usable = [kind.__name__ for kind in DDPMScheduler().compatibles]
+    if found is None or found.__name__ not in usable:
+        raise Refused(f"--scheduler {name}; expected {', '.join(SCHEDULERS)}, or {', '.join(sorted(usable))}")
+    return found
+
+
 def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusionPipeline:
     """Return a stock pipeline over the given parts (live modules are shared, not copied), without a safety checker.
 
-    The checker knows photographs only. `scheduler` is a key of SCHEDULERS; its noise schedule is the base's own.
+    The checker knows photographs only. `scheduler` is a name for `scheduler_class`; its noise schedule is the base's own.
     """
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=SCHEDULERS[scheduler].from_config(base.noise_scheduler.config),
+        scheduler=scheduler_class(scheduler).from_config(base.noise_scheduler.config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -231,30 +277,60 @@ def sample(
     guidance_scale: float,
     batch_size: int,
 ) -> Iterator[Tensor]:
-    """Yield one film a prompt, uint8 [resolution, resolution], in the order given.
+    """Yield one film a prompt, uint8 [resolution, resolution], in the order given; see `sample_pictures`."""
+    for picture in sample_pictures(
+        pipeline, prompts, seeds, resolution, num_inference_steps, guidance_scale, batch_size
+    ):
+        yield grey_levels(picture[None])[0].to(torch.uint8)
 
-    Each film has a CPU generator of its own and a short batch is filled up with copies of its last film, so that a
-    film depends on its prompt and its seed, not on its neighbours. `StableDiffusionPipeline` called with the same
-    prompt and `generator=torch.Generator().manual_seed(seed)` gives the same film. Prompts are fitted as captions are.
+
+def sample_pictures(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    negative_prompts: Sequence[str] | None = None,
+    init_image: Tensor | None = None,
+    strength: float = 1.0,
+) -> Iterator[Tensor]:
+    """Yield one picture a prompt, float32 [3, resolution, resolution] in [0, 1] on the CPU, in the order given.
+
+    Each has a CPU generator of its own and a short batch is filled up with copies of its last, so that a picture
+    depends on its prompt and its seed, not on its neighbours. `StableDiffusionPipeline` called with the same
+    prompt and `generator=torch.Generator().manual_seed(seed)` gives the same one. Prompts are fitted as captions are.
 
     Args:
-        prompts, seeds: one of each a film.
-        resolution: side of the films in pixels.
+        prompts, seeds: one of each a picture.
+        resolution: side in pixels.
         num_inference_steps: solver steps.
         guidance_scale: weight of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is none.
-        batch_size: films at a time.
+        batch_size: pictures at a time.
+        negative_prompts: what guidance leads away from, one a picture; None is the empty text.
+        init_image: begin at this film with noise added instead of at noise (Meng et al. 2022, arXiv:2108.01073), uint8
+            [resolution, resolution].
+        strength: how far along the noise schedule it is taken for that, in (0, 1].
     """
+    if init_image is None:
+        draw = partial(pipeline, height=resolution, width=resolution)
+    else:
+        from_film = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+        from_film.set_progress_bar_config(disable=True)
+        film = (init_image.float() / 255).expand(batch_size, 3, -1, -1)
+        draw = partial(from_film, image=film, strength=strength)
     prompts = fit_captions(pipeline.tokenizer, prompts)
+    negative_prompts = fit_captions(pipeline.tokenizer, negative_prompts or [""] * len(prompts))
     for start in range(0, len(prompts), batch_size):
         chunk = range(start, min(start + batch_size, len(prompts)))
         filled = [*chunk, *[chunk[-1]] * (batch_size - len(chunk))]
-        images = pipeline(
+        pictures = draw(
             prompt=[prompts[i] for i in filled],
+            negative_prompt=[negative_prompts[i] for i in filled],
             generator=[torch.Generator().manual_seed(seeds[i]) for i in filled],
-            height=resolution,
-            width=resolution,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            output_type="pt",
         ).images
-        for image in images[: len(chunk)]:
-            yield to_grey(image)
+        yield from pictures[: len(chunk)].float().cpu()

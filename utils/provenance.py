@@ -50,7 +50,7 @@ def encode_png(film: np.ndarray, made: dict) -> bytes:
     for name, value in made.items():
         text = value if isinstance(value, str) else canonical_json(value)
         chunks.add_itxt(name, text)
-    chunks.add_itxt(CHUNK, canonical_json(made))
+    chunks.add_itxt(CHUNK, json.dumps(made, ensure_ascii=False, allow_nan=False))
     buffer = io.BytesIO()
     Image.fromarray(film).save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()

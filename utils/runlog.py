@@ -1,10 +1,12 @@
 """The record of a run: settings, versions, and logs that a resume cuts back to where it goes on."""
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from utils.files import read_jsonl, write_jsonl
+from utils.refusal import Refused
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "bitsandbytes", "xformers", "torchmetrics")
 
@@ -18,6 +20,17 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def read_config(run_dir: Path) -> dict:
+    """Return a run's settings as `train_lora.py` recorded them."""
+    config = run_dir / "config.json"
+    if not config.is_file():
+        raise Refused(f"no training run at {run_dir} ({config} is missing); expected a folder such as out/fold2")
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
 
 
 def cut_back(log: Path, step: int) -> None:

@@ -1,0 +1,328 @@
+"""What generation is used for: augmentation studies, several adapters, films to begin at, data sets, kills, many processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+import generate
+import utils.quality
+from tests.conftest import ROOT, draw_film
+from tests.test_generate import PROMPTS, asking, make, pixels
+from tests.test_lora import trained
+from tests.training import kill, train
+from utils.export import save_kohya
+from utils.files import read_jsonl
+from utils.lora import adapter_state, save_adapter
+from utils.metadata import read_metadata
+from utils.pipeline import assemble, load_base, put_on_adapter, sample
+from utils.provenance import TABLE, eight_bits, read_png
+from utils.quality import QualityControl
+from utils.refusal import Refused, run
+from utils.release import WEIGHTS_NAME
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter that changes images visibly, with the header that ours have."""
+    base = trained(tiny_base)
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = {"revision": None, "variant": None, "prediction_type": None}
+    header = {"base": str(tiny_base), "fold": 0, "step": 1, "resolution": 64, "settings": settings}
+    save_adapter(folder / WEIGHTS_NAME, adapter_state(base.unet, base.text_encoder), header)
+    return folder
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights draw coloured fog; here it passes for films."""
+    monkeypatch.setattr(utils.quality, "MOST_COLOUR", 256)
+    monkeypatch.setattr(utils.quality, "LEAST_CONTRAST", 0)
+
+
+def stock_films(base: Path, adapter: Path, count: int) -> list[np.ndarray]:
+    """What diffusers' own pipeline draws of the first prompt, with the adapter beside the weights, not within."""
+    pipeline = assemble(load_base(str(base)))
+    put_on_adapter(pipeline, generate.read_adapter(adapter / WEIGHTS_NAME)[0])
+    films = sample(pipeline, [PROMPTS[0]] * count, range(count), 64, 3, 4.0, 4)
+    return [film.numpy().astype(int) for film in films]
+
+
+def test_a_merged_adapter_draws_what_a_stock_pipeline_draws(tiny_base: Path, tmp_path: Path, adapter: Path) -> None:
+    bare = make(tiny_base, tmp_path / "bare", *asking(PROMPTS[0]), "--num_images", "4")
+    rows = make(tiny_base, tmp_path / "with", *asking(PROMPTS[0]), "--num_images", "4", "--lora", str(adapter))
+    off = make(
+        tiny_base,
+        tmp_path / "off",
+        *asking(PROMPTS[0]),
+        "--num_images",
+        "4",
+        "--lora",
+        str(adapter),
+        "--lora_scale",
+        "0",
+    )
+    for row, other, without, stock in zip(rows, bare, off, stock_films(tiny_base, adapter, 4), strict=True):
+        ours = pixels(tmp_path / "with", row)
+        assert np.abs(ours - stock).max() <= 1
+        assert np.abs(ours - pixels(tmp_path / "bare", other)).max() > 8
+        np.testing.assert_array_equal(pixels(tmp_path / "off", without), pixels(tmp_path / "bare", other))
+
+
+def test_adapters_add_up_by_weight(tiny_base: Path, tmp_path: Path, adapter: Path) -> None:
+    whole = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--lora", str(adapter))
+    halves = make(
+        tiny_base,
+        tmp_path / "b",
+        *asking(PROMPTS[0]),
+        "--lora",
+        str(adapter),
+        str(adapter),
+        "--lora_scale",
+        "0.25",
+        "0.75",
+    )
+    assert [part["scale"] for part in halves[0]["adapters"]] == [0.25, 0.75]
+    assert np.abs(pixels(tmp_path / "a", whole[0]) - pixels(tmp_path / "b", halves[0])).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_adapters_of_other_tools_load(tiny_base: Path, tmp_path: Path, adapter: Path, form: str) -> None:
+    """Kohya's form, and the file that diffusers' own script writes, in its way of writing it."""
+    base = trained(tiny_base)
+    if form == "kohya":
+        save_kohya(path := tmp_path / "kohya.safetensors", adapter_state(base.unet, base.text_encoder), {})
+    else:
+        layers = [
+            convert_state_dict_to_diffusers(get_peft_model_state_dict(part)) for part in (base.unet, base.text_encoder)
+        ]
+        StableDiffusionPipeline.save_lora_weights(tmp_path, *layers, safe_serialization=True)
+        path = tmp_path / WEIGHTS_NAME
+    (row,) = make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", str(path))
+    (ours,) = make(tiny_base, tmp_path / "ours", *asking(PROMPTS[0]), "--lora", str(adapter))
+    assert np.abs(pixels(tmp_path / "out", row) - pixels(tmp_path / "ours", ours)).max() <= 1
+
+
+def test_a_negative_prompt_and_a_solver_of_any_name_are_heeded_and_recorded(tiny_base: Path, tmp_path: Path) -> None:
+    (plain,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]))
+    (away,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--negative_prompt", "AP. Blurred.")[1:]
+    (heun,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--scheduler", "HeunDiscreteScheduler")[2:]
+    assert (away["negative_prompt"], heun["scheduler"]) == ("AP. Blurred.", "HeunDiscreteScheduler")
+    for row in (away, heun):
+        assert np.abs(pixels(tmp_path / "a", plain) - pixels(tmp_path / "a", row)).max() > 1
+
+
+def test_prompts_come_from_grids_and_tables_with_their_labels(tiny_base: Path, tmp_path: Path) -> None:
+    table = tmp_path / "prompts.jsonl"
+    table.write_text('{"prompt": "A film.", "seed": 40, "age": 3, "negative_prompt": "b"}\n')
+    rows = make(
+        tiny_base, tmp_path / "out", "--grid", "view=PA", "sex=M,F", "--prompts_file", str(table), "--num_images", "2"
+    )
+    assert [row["prompt"] for row in rows[::2]] == [
+        "A film.",
+        "PA chest radiograph of a man.",
+        "PA chest radiograph of a woman.",
+    ]
+    assert [row["seed"] for row in rows] == [40, 41, 0, 1, 0, 1]
+    assert [row["labels"] for row in rows[1::2]] == [
+        {"age": 3},
+        {"view": "PA", "sex": "M"},
+        {"view": "PA", "sex": "F"},
+    ]
+    assert rows[0]["negative_prompt"] == "b"
+    own = make(
+        tiny_base, tmp_path / "own", "--grid", "view=PA", "sex=M,F", "--num_images", "2", "--own_noise", "--seed", "5"
+    )
+    assert [row["seed"] for row in own] == [5, 6, 7, 8]
+
+
+def test_sixteen_bits_hold_what_eight_round(tiny_base: Path, tmp_path: Path) -> None:
+    (coarse,) = make(tiny_base, tmp_path / "8", *asking(PROMPTS[0]))
+    (fine,) = make(tiny_base, tmp_path / "16", *asking(PROMPTS[0]), "--bit_depth", "16")
+    film = read_png(tmp_path / "16" / fine["file_name"])
+    assert film.dtype == np.uint16 and len(np.unique(film)) > 256
+    assert np.abs(eight_bits(film).astype(int) - pixels(tmp_path / "8", coarse)).max() <= 1
+    assert (tmp_path / "16" / "contact_sheet.png").is_file()
+
+
+def test_dicom_films_are_the_images_also_of_those_that_are_there(tiny_base: Path, tmp_path: Path) -> None:
+    rows = make(tiny_base, tmp_path, "--grid", "age=30", "sex=M,F")
+    before = {row["file_name"]: (tmp_path / row["file_name"]).stat().st_mtime_ns for row in rows}
+    make(tiny_base, tmp_path, "--grid", "age=30", "sex=M,F", "--dicom", "--burn_label")
+    for row in rows:
+        assert (tmp_path / row["file_name"]).stat().st_mtime_ns == before[row["file_name"]]
+        dataset = pydicom.dcmread((tmp_path / "dicom" / row["file_name"]).with_suffix(".dcm"))
+        assert (dataset.PatientAge, dataset.PatientSex) == ("030Y", row["labels"]["sex"])
+        np.testing.assert_array_equal(dataset.pixel_array[:50], pixels(tmp_path, row)[:50])
+        assert (dataset.pixel_array[-8:] != pixels(tmp_path, row)[-8:]).any(), "the label is in the DICOM film only"
+
+
+def test_images_can_begin_at_a_film(
+    tiny_base: Path, tmp_path: Path, lenient: None, capsys: pytest.CaptureFixture
+) -> None:
+    film = draw_film(3)
+    Image.fromarray(film).save(tmp_path / "film.png")
+    begin = ["--init_image", str(tmp_path / "film.png"), "--num_inference_steps", "20", "--guidance_scale", "1"]
+    (near,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), *begin, "--strength", "0.05")
+    assert "share them no further than that film" in capsys.readouterr().out
+    (far,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), *begin, "--strength", "1")[1:]
+    (free,) = make(tiny_base, tmp_path / "b", *asking(PROMPTS[0]), *begin[2:])
+    assert (near["strength"], free["strength"], free["init_image_sha256"]) == (0.05, None, None)
+    assert np.abs(pixels(tmp_path / "a", near) - pixels(tmp_path / "a", far)).max() > 1
+    assert {row["patient_id"] for row in read_jsonl(tmp_path / "a" / TABLE)} == {
+        f"film-{near['init_image_sha256'][:12]}"
+    }
+
+
+def test_flagged_images_are_drawn_anew_and_what_stays_flagged_is_no_training_film(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    drawn = []
+
+    def flags(quality: QualityControl, picture: torch.Tensor) -> list[str]:
+        drawn.append(picture)
+        return ["blank"] if len(drawn) in (1, 3, 4) else []  # images 0 and 2, and 0 again
+
+    monkeypatch.setattr(QualityControl, "flags", flags)
+    rows = make(
+        tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--num_images", "3", "--batch_size", "2", "--reject", "1"
+    )
+    said = capsys.readouterr().out
+    assert len(drawn) == 5 and "1 of 3 images flagged (1 blank)" in said and "2 of 3 images drawn anew" in said
+    assert [(row["attempts"], row["flags"]) for row in rows] == [(2, ["blank"]), (1, []), (2, [])]
+    assert rows[0]["noise_seed"] != rows[0]["seed"] == 0 and rows[1]["noise_seed"] == rows[1]["seed"] == 1
+    assert [row["file_name"] for row in read_metadata(tmp_path / "a")] == sorted(row["file_name"] for row in rows[1:])
+
+
+def test_a_generated_folder_trains_as_it_stands(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
+    make(
+        tiny_base,
+        tmp_path / "images",
+        "--grid",
+        "age=" + ",".join(map(str, range(20, 40))),
+        "findings=none",
+        "--own_noise",
+    )
+    assert train(tiny_base, tmp_path / "images", tmp_path / "run", "--max_train_steps", "2") in (0, None)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "synthetic" in card and "folder of the user's own" not in card
+
+
+def test_the_captions_that_a_run_held_out_are_drawn(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, own_data: Path
+) -> None:
+    lora = tmp_path / "fold3"
+    train(tiny_base, tiny_data, lora, "--fold", "3", "--max_train_steps", "1")
+    rows = make(tiny_base, tmp_path / "out", "--lora", str(lora), "--from_fold")
+    held_out = [row for row in read_jsonl(tiny_data / TABLE) if row["fold"] == 3]
+    assert {row["prompt"] for row in rows} == {row["text"] for row in held_out}
+    assert {str(row["labels"]["findings"]) for row in rows} == {"[]", "['pneumonia']"}
+    (own_data / TABLE).write_text((own_data / TABLE).read_text().replace("Pneumonia", "Mass"))
+    with pytest.raises(Refused, match="not the data that .* was trained on"):
+        make(tiny_base, tmp_path / "out", "--lora", str(lora), "--from_fold", "--train_data_dir", str(own_data))
+
+
+COMMAND = [*asking(*PROMPTS), "--num_images", "5", "--num_inference_steps", "3", "--resolution", "64", "--batch_size", "2",
+           "--mixed_precision", "no"]  # fmt: skip
+
+
+def images_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.suffix in (".png", ".jsonl")}
+
+
+def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    """Once in a process that is killed and one that goes on, once by two at a time with the prompts in another order."""
+    base = ["--pretrained_model_name_or_path", str(tiny_base)]
+    whole, two = (start(1, [*base, *COMMAND, "--output_dir", str(tmp_path / "whole")]), start(2, [*base, *COMMAND[2:4], *COMMAND[:2],
+                  *COMMAND[4:], "--output_dir", str(tmp_path / "two")]))  # fmt: skip
+    killed = [*base, *COMMAND, "--output_dir", str(tmp_path / "killed")]
+    process = start(1, killed)
+    while len(list((tmp_path / "killed").glob("*_?_*.png"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    kill(process)
+    assert start(1, killed).wait() == whole.wait() == two.wait() == 0
+    assert len(read_jsonl(tmp_path / "whole" / "images.jsonl")) == 10
+    assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
+    several, one = images_of(tmp_path / "two"), images_of(tmp_path / "whole")
+    del several["contact_sheet.png"], one["contact_sheet.png"]  # the prompts are in another order there
+    for name in ("images.jsonl", "metadata.jsonl"):
+        assert sorted(several.pop(name).splitlines()) == sorted(one.pop(name).splitlines())
+    assert several == one
+    assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def start(processes: int, args: list[str]) -> subprocess.Popen:
+    launcher = [sys.executable, "generate.py"]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d",
+                    "--rdzv_endpoint", "localhost:0", "generate.py"]  # fmt: skip
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([*launcher, *args], cwd=ROOT, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--scheduler", "magic"], "--scheduler magic; expected dpmsolver.*HeunDiscreteScheduler"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "--scheduler FlowMatch"),
+        (["--prompt", "word " * 10_000], "a prompt of 10000 words"),
+        (["--negative_prompt", "x", "--guidance_scale", "1"], "has no effect"),
+        (["--strength", "0"], "--strength 0.0"),
+        (["--init_image", "/nowhere.png"], "no film that can be read"),
+        (["--from_fold"], "expected --lora out/fold2"),
+        (["--lora_scale", "1", "2"], "2 of --lora_scale for 0 of --lora"),
+        (["--burn_label"], "add --dicom"),
+        (["--reference", "/nowhere"], "no folder /nowhere"),
+        (["--reject", "-1"], "--reject -1"),
+    ],
+)
+def test_bad_input_is_refused_in_words(tiny_base: Path, tmp_path: Path, extra: list[str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), *extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_cannot_be_used_are_refused_in_words(tiny_base: Path, tmp_path: Path, adapter: Path) -> None:
+    torch.save({"lora": torch.ones(1)}, tmp_path / "adapter.bin")
+    with pytest.raises(Refused, match="no safetensors file; others are pickles"):
+        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", str(tmp_path / "adapter.bin"))
+    with pytest.raises(Refused, match=f"is an adapter for {tiny_base}, not for assets/cxr-tiny"):
+        make(ROOT / "assets" / "cxr-tiny", tmp_path / "out", *asking(PROMPTS[0]), "--lora", str(adapter))
+    state, header = generate.read_adapter(adapter / WEIGHTS_NAME)
+    save_adapter(tmp_path / "other.safetensors", state, header | {"base": "another/base"})
+    with pytest.raises(Refused, match="differ in their base .*another/base"):
+        make(
+            tiny_base,
+            tmp_path / "out",
+            *asking(PROMPTS[0]),
+            "--lora",
+            str(adapter),
+            str(tmp_path / "other.safetensors"),
+        )
+    name = next(name for name in state if ".lora_B." in name)
+    save_adapter(tmp_path / "nan.safetensors", state | {name: state[name] * torch.nan}, header)
+    with pytest.raises(Refused, match="not finite"):
+        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", str(tmp_path / "nan.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_and_disks_that_cannot_be_written_are_told_in_a_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(lambda _: make(tiny_base, tmp_path / "file", *asking(PROMPTS[0])), lambda: None) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(Refused, match="the images needs 0.00 GB"):
+        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]))
