@@ -2,6 +2,7 @@
 
     python generate.py --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly." --lora out/fold2
     python generate.py --lora out/fold2 --from_fold                 # the captions of the fold that training never saw
+    python generate.py --serve                                      # a page in the browser
     python generate.py --lora out/fold2 --grid view=PA,AP findings=none,pneumonia,effusion+cardiomegaly --num_images 4
 
 Writes to images/ (--output_dir):
@@ -24,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -70,6 +72,7 @@ from utils.runlog import package_versions, read_config
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
 from utils.tokens import fit_captions
+from utils.webpage import EXAMPLES, MOST_IMAGES, Wish, build_page
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
 SLICED_FROM = 512  # pixels: films go through the decoder one at a time
@@ -121,19 +124,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the UNet's blocks: pays for hundreds of images, on a GPU")
 
     add = parser.add_argument_group("quality control").add_argument
-    add(
-        "--reference",
-        type=Path,
-        metavar="DATA",
-        help="imagefolder of real films: flag images that are far from all of them",
-    )
-    add(
-        "--reject",
-        type=int,
-        default=0,
-        metavar="TIMES",
-        help="draw a flagged image anew, from other noise, so often [0]",
-    )
+    add("--reference", type=Path, metavar="DATA",
+        help="imagefolder of real films: flag images that are far from all of them")  # fmt: skip
+    add("--reject", type=int, default=0, metavar="TIMES",
+        help="draw a flagged image anew, from other noise, so often [0]")  # fmt: skip
+
+    add = parser.add_argument_group("a page instead").add_argument
+    add("--serve", action="store_true", help="open a page in the browser: adapters from out/, beside their base")
+    add("--share", action="store_true", help="give it a public address, as Colab needs; whoever has it can draw there")
+    add("--port", type=int, help="of the page [the first free one from 7860]")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("images"), help="folder of the images [images]")
@@ -203,24 +202,32 @@ def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     ]
 
 
-def load_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, dict]:
-    """Return a pipeline with adapters merged into it, and what its images have to say of it."""
+def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[dict], dict, dict[str, Path]]:
+    """Return files, tensors and the common header of the adapters, {} where other tools wrote them all, and decoders by hash.
+
+    Raises:
+        Refused: for adapters of different bases or resolutions, or each with a decoder of its own.
+    """
     files = [find_adapter(path) for path in args.lora]
-    scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
-    adapters, headers = zip(*map(read_adapter, files), strict=True) if files else ((), ())
+    adapters = [read_adapter(file) for file in files]
+    for name in ("base", "resolution"):
+        values = {header[name]: file for file, (_, header) in zip(files, adapters, strict=True) if name in header}
+        if len(values) > 1:
+            listed = ", ".join(f"{file} has {value}" for value, file in values.items())
+            raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
     decoders = {} if args.no_vae_decoder else {sha256_file(path): path for path in map(find_decoder, files) if path}
     if len(decoders) > 1:
         listed = " and ".join(map(str, decoders.values()))
         raise Refused(f"each adapter has a decoder of its own beside it ({listed}); add --no_vae_decoder")
-    for name in ("base", "resolution"):
-        if (
-            len(values := {header[name]: file for header, file in zip(headers, files, strict=True) if name in header})
-            > 1
-        ):
-            listed = ", ".join(f"{file} has {value}" for value, file in values.items())
-            raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
-    header = next((header for header in headers if header), {})
+    return files, [state for state, _ in adapters], next((header for _, header in adapters if header), {}), decoders
 
+
+def load_model(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
+    """Return a pipeline with adapters merged into it, what its images have to say of it, and what looks at them."""
+    files, adapters, header, decoders = read_adapters(args)
+    scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
     trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
         revision, variant = args.revision or trained["revision"], args.variant or trained["variant"]
@@ -263,15 +270,16 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Stab
     accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")
     for path in decoders.values():
         accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
+    quality = QualityControl(args.reference, resolution, accelerator.device)
     described = {
         "base": base_name, "base_revision": revision,
         "adapters": [
             {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True)
         ],
         "decoder_sha256": next(iter(decoders), None), "resolution": resolution,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision, "reference_sha256": quality.reference_sha256,
     }  # fmt: skip
-    return pipeline, described
+    return pipeline, described, quality
 
 
 def tell_long_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> None:
@@ -289,88 +297,99 @@ def noise_seed(request: dict, attempt: int) -> int:
     return derive_seed(request["seed"], "drawn anew", attempt) if attempt else request["seed"]
 
 
+def requests_of(args: argparse.Namespace, prompts: Sequence[Prompt], described: dict) -> list[dict[str, dict]]:
+    """Return all that is asked for: by prompt, the requests of its images by their file's name, in the order of seeds.
+
+    Args:
+        described: model and settings, which go into every request. A request holds all that an image depends on.
+    """
+    by_prompt = []
+    for number, prompt in enumerate(prompts):
+        first = args.seed + (number * args.num_images if args.own_noise else 0)
+        first = first if prompt.seed is None else prompt.seed
+        about = {"prompt": prompt.text, "negative_prompt": prompt.negative or args.negative_prompt}
+        requests = [{**about, "seed": first + j, **described} for j in range(args.num_images)]
+        by_prompt.append({file_name(request): request for request in requests})
+    return by_prompt
+
+
+def draw(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionPipeline, quality: QualityControl,
+    init_image: torch.Tensor | None, requests: dict[str, dict], labels: dict[str, dict],
+) -> None:  # fmt: skip
+    """Draw this process's share of what is asked for and does not lie there yet.
+
+    One generator an image: it does not depend on what else is asked for, nor on which process draws it.
+
+    Args:
+        requests, labels: of every image, by its file's name.
+    """
+    versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
+    mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
+    pending = [(name, 0) for name in mine if not (args.output_dir / name).exists()]
+    bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
+    while pending:
+        asked = [requests[name] for name, _ in pending]
+        seeds = [noise_seed(requests[name], attempt) for name, attempt in pending]
+        pictures = sample_pictures(
+            pipeline, [request["prompt"] for request in asked], seeds, asked[0]["resolution"], args.num_inference_steps,
+            args.guidance_scale, args.batch_size, [request["negative_prompt"] for request in asked], init_image, args.strength,
+        )  # fmt: skip
+        again = []
+        for (name, attempt), seed, picture in zip(pending, seeds, pictures, strict=True):
+            flags = quality.flags(picture)
+            if flags and attempt < args.reject:
+                again.append((name, attempt + 1))
+                continue
+            made = requests[name] | {
+                "noise_seed": seed, "attempts": attempt + 1, "flags": flags, "labels": labels[name], "versions": versions,
+            }  # fmt: skip
+            film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
+            write_bytes(args.output_dir / name, encode_png(film, made))
+            note(args.output_dir, name, made)
+            bar.update()
+        pending = again
+    bar.close()
+
+
 def main(args: argparse.Namespace) -> None:
     check_args(args)
-    prompts = gather_prompts(args)
-
-    # The base, and the adapters in it
+    prompts = [] if args.serve else gather_prompts(args)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
     if accelerator.device.type == "cpu":
         use_all_cores()
         keep_freed_memory()
-    pipeline, model = load_model(args, accelerator)
-    resolution, output_dir = model["resolution"], args.output_dir
-    quality = QualityControl(args.reference, resolution, accelerator.device)
-    init_image = init_sha256 = None
-    if args.init_image is not None:
-        try:
-            init_image, init_sha256 = load_film(args.init_image, resolution), sha256_file(args.init_image)
-        except (OSError, UnusableFilm) as error:
-            raise Refused(f"--init_image {args.init_image} is no film that can be read ({error})") from error
+    if args.serve:
+        serve(args, accelerator)
+        return
+
+    # The base with the adapters in it, what looks at its films, and where they begin
+    pipeline, model, quality = load_model(args, accelerator)
+    output_dir, resolution = args.output_dir, model["resolution"]
+    init_image, begun = read_init_image(args, resolution)
+    if init_image is not None:
         accelerator.print("images that begin at a film show its patient: share them no further than that film")
     if accelerator.is_main_process:
         tell_long_prompts(pipeline, prompts)
 
     # What is asked for, less what an earlier call of the same command has made
-    settings = {
-        "scheduler": args.scheduler, "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale, "batch_size": args.batch_size, "bit_depth": args.bit_depth,
-        "init_image_sha256": init_sha256, "strength": None if init_sha256 is None else args.strength,
-        "reference_sha256": quality.reference_sha256, "reject": args.reject,
-    }  # fmt: skip
-    images, labels, names_by_prompt = {}, {}, []
-    for number, prompt in enumerate(prompts):
-        first = args.seed + (number * args.num_images if args.own_noise else 0)
-        first = first if prompt.seed is None else prompt.seed
-        negative = prompt.negative or args.negative_prompt
-        requests = [
-            {"prompt": prompt.text, "negative_prompt": negative, "seed": first + j, **model, **settings}
-            for j in range(args.num_images)
-        ]
-        names_by_prompt.append([file_name(request) for request in requests])
-        images |= zip(names_by_prompt[-1], requests, strict=True)
-        labels |= dict.fromkeys(names_by_prompt[-1], prompt.labels)
-    names = list(images)
-    missing = {name for name in names if not (output_dir / name).exists()}
+    by_prompt = requests_of(args, prompts, model | settings_of(args) | begun)
+    requests = {name: request for images in by_prompt for name, request in images.items()}
+    labels = {name: prompt.labels for prompt, images in zip(prompts, by_prompt, strict=True) for name in images}
+    there = [name for name in requests if (output_dir / name).exists()]
     if accelerator.is_main_process:
-        require_space(output_dir, len(missing) * resolution**2 * args.bit_depth // 8, "the images")
+        missing_bytes = (len(requests) - len(there)) * resolution**2 * args.bit_depth // 8
+        require_space(output_dir, missing_bytes, "the images")
         output_dir.mkdir(parents=True, exist_ok=True)
-        settle_records(output_dir, [name for name in names if name not in missing])
+        settle_records(output_dir, there)
     accelerator.wait_for_everyone()
-
-    # One generator an image: it does not depend on what else is asked for, nor on which process draws it
-    versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
-    mine = names[accelerator.process_index :: accelerator.num_processes]
-    pending = [(name, 0) for name in mine if not (output_dir / name).exists()]
-    bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
     with explain_out_of_memory("generating", "lower --batch_size, or --resolution"):
-        while pending:
-            pictures = sample_pictures(
-                pipeline, [images[name]["prompt"] for name, _ in pending],
-                [noise_seed(images[name], attempt) for name, attempt in pending], resolution, args.num_inference_steps,
-                args.guidance_scale, args.batch_size, [images[name]["negative_prompt"] for name, _ in pending], init_image,
-                args.strength,
-            )  # fmt: skip
-            again = []
-            for (name, attempt), picture in zip(pending, pictures, strict=True):
-                flags = quality.flags(picture)
-                if flags and attempt < args.reject:
-                    again.append((name, attempt + 1))
-                    continue
-                made = images[name] | {
-                    "noise_seed": noise_seed(images[name], attempt), "attempts": attempt + 1, "flags": flags,
-                    "labels": labels[name], "versions": versions,
-                }  # fmt: skip
-                film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
-                write_bytes(output_dir / name, encode_png(film, made))
-                note(output_dir, name, made)
-                bar.update()
-            pending = again
-    bar.close()
+        draw(args, accelerator, pipeline, quality, init_image, requests, labels)
 
     # The same as DICOM, from the images as they lie there
     if args.dicom:
+        mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
         for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
             film, made = read_png(output_dir / name), read_made(output_dir / name)
             path = (output_dir / "dicom" / name).with_suffix(".dcm")
@@ -378,19 +397,78 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    rows = settle_records(output_dir, names)
+    rows = settle_records(output_dir, list(requests))
 
     # What a person looks at
     shown = [
-        [eight_bits(read_png(output_dir / name)) for name in of_prompt[:SHEET_COLUMNS]]
-        for of_prompt in names_by_prompt[:SHEET_ROWS]
+        [eight_bits(read_png(output_dir / name)) for name in list(images)[:SHEET_COLUMNS]]
+        for images in by_prompt[:SHEET_ROWS]
     ]
     in_step = not args.own_noise and all(prompt.seed is None for prompt in prompts)
     seeds = [f"seed {args.seed + j}" if in_step else "" for j in range(len(shown[0]))]
     sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, DISCLAIMER)
     save_png(output_dir / "contact_sheet.png", sheet)
     tell_quality(rows)
-    print(f"{len(missing)} new of {len(images)} images in {output_dir}; look at {output_dir}/contact_sheet.png")
+    print(
+        f"{len(requests) - len(there)} new of {len(requests)} images in {output_dir}; look at "
+        f"{output_dir}/contact_sheet.png"
+    )
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the settings of sampling that an image depends on."""
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "batch_size", "bit_depth", "reject")
+    return {name: getattr(args, name) for name in names}
+
+
+def read_init_image(args: argparse.Namespace, resolution: int) -> tuple[torch.Tensor | None, dict]:
+    """Return the film that images begin at, uint8 [resolution, resolution], None where at noise; and what they say of it."""
+    if args.init_image is None:
+        return None, {"init_image_sha256": None, "strength": None}
+    try:
+        film, digest = load_film(args.init_image, resolution), sha256_file(args.init_image)
+    except (OSError, UnusableFilm) as error:
+        raise Refused(f"--init_image {args.init_image} is no film that can be read ({error})") from error
+    return film, {"init_image_sha256": digest, "strength": args.strength}
+
+
+def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Open a page on which the base and an adapter draw prompts, until ^C; its images are those of the command line."""
+    if accelerator.num_processes > 1:
+        raise Refused("--serve is for one process; start it with python generate.py --serve")
+
+    @lru_cache(maxsize=2)  # the base and one adapter
+    def loaded(lora: Path | None, scale: float) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
+        return load_model(with_flags(args, lora=[lora] if lora else [], lora_scale=[scale]), accelerator)
+
+    def answer(wish: Wish) -> list[Path]:
+        asked = with_flags(
+            args, **vars(wish) | {"lora": [wish.lora] if wish.lora else [], "lora_scale": [wish.lora_scale]}
+        )
+        check_args(asked)
+        prompts = check_prompts([Prompt(text) for text in [wish.prompt.strip()] if text])
+        pipeline, model, quality = loaded(wish.lora, wish.lora_scale if wish.lora else 1.0)
+        init_image, begun = read_init_image(asked, model["resolution"])
+        (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)
+        with explain_out_of_memory("generating", "ask for fewer images, or start with a lower --batch_size"):
+            draw(asked, accelerator, pipeline, quality, init_image, requests, dict.fromkeys(requests, {}))
+        settle_records(args.output_dir, list(requests))
+        return [args.output_dir / name for name in requests]
+
+    first = Wish(
+        prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,
+        lora_scale=args.lora_scale[0], seed=args.seed, num_images=min(args.num_images, MOST_IMAGES),
+        guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
+    )  # fmt: skip
+    page = build_page(answer, args.lora or [Path("out")], first)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    page.launch(
+        share=args.share, server_port=args.port, allowed_paths=[str(args.output_dir.resolve())], footer_links=[]
+    )
+
+
+def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | changes)
 
 
 def tell_quality(rows: Sequence[dict]) -> None:

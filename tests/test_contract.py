@@ -19,7 +19,7 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchmetri
 LAYERS = {
     0: {
         "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pages", "prompts", "provenance", "pseudonyms", "quiet", "transfer",
-        "refusal", "release", "report", "reports", "runlog", "secondary_capture", "seeding", "subgroups",
+        "refusal", "release", "report", "reports", "runlog", "secondary_capture", "seeding", "subgroups", "webpage",
     },
     1: {"alignment", "audit", "boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics", "realism"},
     2: {"checkpoint", "cross_validation", "decoder", "encoders", "export", "features", "figures", "findings", "hardware", "latents", "lora", "pipeline", "quality", "tokens", "validation"},

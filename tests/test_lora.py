@@ -26,7 +26,7 @@ from utils.lora import (
     save_adapter,
     trainable_tensors,
 )
-from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample
+from utils.pipeline import assemble, cast_frozen, load_base, merge_adapters, put_on_adapter, sample
 from utils.refusal import Refused
 from utils.release import WEIGHTS_NAME
 from utils.validation import eval_mode
@@ -151,15 +151,20 @@ def test_equal_adapters_are_equal_files_and_the_header_comes_back(tiny_base: Pat
     assert all(torch.equal(read_state[name], state[name]) for name in state)
 
 
-def test_scale_zero_is_the_bare_base(tiny_base: Path) -> None:
-    trained_base = trained(tiny_base)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_with_weight_zero_there_is_the_bare_base_and_with_one_the_trained(
+    tiny_base: Path, use_dora: bool
+) -> None:
+    trained_base = trained(tiny_base, use_dora=use_dora)
+    state = adapter_state(trained_base.unet, trained_base.text_encoder)
     pipeline = assemble(load_base(str(tiny_base)))
     bare = generated(pipeline)
-    put_on_adapter(pipeline, adapter_state(trained_base.unet, trained_base.text_encoder), 0.0)
+    merge_adapters(pipeline, [(state, 0.0)])
     assert torch.equal(generated(pipeline), bare)
-    pipeline.enable_lora()
-    pipeline.set_adapters("adapter", 1.0)
-    assert torch.equal(generated(pipeline), generated(assemble(trained_base)))
+    merge_adapters(pipeline, [(state, 1.0)])
+    assert not [name for name, _ in pipeline.unet.named_parameters() if "lora" in name]
+    apart = generated(pipeline).int() - generated(assemble(trained_base)).int()
+    assert apart.abs().max() <= 1
 
 
 def test_files_that_are_no_adapter_are_refused(tiny_base: Path, tmp_path: Path) -> None:

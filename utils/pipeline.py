@@ -186,25 +186,23 @@ def cast_frozen(unet: UNet2DConditionModel, mixed_precision: str) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], scale: float = 1.0) -> None:
+def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], name: str = "adapter") -> None:
     """Load adapters into a pipeline's UNet and text encoder with diffusers' own loader.
 
     Args:
         pipeline: in fp32.
         state: tensors of an adapter file, from `lora.read_adapter`.
-        scale: factor of the adapters' update; 1 as trained, 0 the bare base.
+        name: that it is called by in the pipeline.
 
     Raises:
         Refused: where the adapter does not fit the base.
     """
     try:
-        pipeline.load_lora_weights(dict(state), adapter_name="adapter")
+        pipeline.load_lora_weights(dict(state), adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
-    pipeline.set_adapters("adapter", scale)
-    if scale == 0:  # DoRA renormalises the base's weights at any scale
-        pipeline.disable_lora()
+    pipeline.set_adapters(name)
 
 
 def merge_adapters(pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[dict[str, Tensor], float]]) -> None:
@@ -212,20 +210,16 @@ def merge_adapters(pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[d
 
     Args:
         pipeline: in fp32.
-        adapters: tensors of an adapter file, from `lora.read_adapter`, and the factor of their update.
+        adapters: tensors of an adapter file, and the factor of their update; 1 as trained, 0 the bare base.
 
     Raises:
         Refused: where one does not fit the base, or holds numbers that are not finite.
     """
-    weights = {}
-    for number, (state, scale) in enumerate(adapters):
-        try:
-            pipeline.load_lora_weights(dict(state), adapter_name=f"adapter{number}")
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
-        if scale:  # DoRA renormalises the base's weights at any scale
-            weights[f"adapter{number}"] = scale
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    for name, (state, _) in zip(names, adapters, strict=True):
+        put_on_adapter(pipeline, state, name)
+    # Those of weight 0 not at all: DoRA renormalises the base's weights at any
+    weights = {name: scale for name, (_, scale) in zip(names, adapters, strict=True) if scale}
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))
         try:
