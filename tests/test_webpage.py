@@ -43,8 +43,8 @@ class Drawing:
         self.folder, self.wishes = folder, []
 
     def __call__(self, wish: Wish) -> list[Path]:
-        if not wish.prompt.strip():
-            raise Refused("no prompt; expected a text")
+        if wish.seed == 13:
+            raise Refused("an unlucky number")
         self.wishes.append(wish)
         paths = [self.folder / f"{len(self.wishes)}_{j}.png" for j in range(wish.num_images)]
         for path in paths:
@@ -79,8 +79,9 @@ def test_base_and_adapter_draw_from_the_same_noise(served, tmp_path: Path) -> No
     assert len(files) == 4
     alone = client.predict("PA film.", NO_ADAPTER, 0, 4.0, 1, "", 5, 1.0, api_name="/generate")
     assert (len(alone[0]), alone[1], drawing.wishes[-1].lora) == (1, [], None)
-    with pytest.raises(Exception, match="no prompt"):
-        client.predict(" ", adapter, 7, 3.5, 2, "", 9, 0.8, api_name="/generate")
+    for prompt, seed, message in ((" ", 7, "no prompt"), ("PA film.", 13, "an unlucky number")):
+        with pytest.raises(Exception, match=message):
+            client.predict(prompt, adapter, seed, 3.5, 2, "", 9, 0.8, api_name="/generate")
 
 
 def test_in_a_browser(served, tmp_path: Path) -> None:
@@ -107,5 +108,5 @@ def test_in_a_browser(served, tmp_path: Path) -> None:
         assert drawing.wishes[-1].lora == tmp_path / "out" / "fold1"
         tab.get_by_label("Prompt", exact=True).fill("")
         tab.get_by_role("button", name="Generate").click()
-        tab.get_by_text("no prompt; expected a text").first.wait_for(timeout=60_000)
+        tab.get_by_text("no prompt; describe a film").first.wait_for(timeout=60_000)
         browser.close()

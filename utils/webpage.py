@@ -70,6 +70,8 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
         scale,
         progress=gradio.Progress(track_tqdm=True),  # noqa: B008, gradio looks for it there
     ):
+        if not prompt.strip():
+            raise gradio.Error(f"no prompt; describe a film, such as: {EXAMPLES[0]}", print_exception=False)
         chosen = find_adapters(folders).get(adapter)
         wish = Wish(prompt, negative, chosen, scale, int(seed or 0), int(count), guidance, int(steps))
         try:
@@ -101,10 +103,12 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
                 button = gradio.Button("Generate", variant="primary", elem_id="generate")
                 gradio.Examples([[example] for example in EXAMPLES], [prompt])
             with gradio.Column(scale=3):
-                shown = dict(columns=2, object_fit="contain", height="auto", format="png")
+                shown = dict(columns=2, object_fit="contain", height="auto", format="png", interactive=False)
                 by_base = gradio.Gallery(label="The base alone, same noise", elem_id="base", **shown)
                 by_adapter = gradio.Gallery(label="With the adapter", elem_id="with_adapter", **shown)
-                files = gradio.File(label="Download: each PNG says how it was made", file_count="multiple")
+                files = gradio.File(
+                    label="Download: each PNG says how it was made", file_count="multiple", interactive=False
+                )
         asked = [prompt, adapter, seed, guidance, count, negative, steps, scale]
         gradio.on([button.click, prompt.submit], answer, asked, [by_base, by_adapter, files], api_name="generate")
         page.load(lambda: gradio.update(choices=offered()), outputs=adapter, api_name=False)
