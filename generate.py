@@ -8,24 +8,26 @@
 Writes to images/ (--output_dir):
 
     <prompt>_<seed>_<hash>.png   8-bit grey (--bit_depth 16); how it was made is in its text chunks
-    images.jsonl                 the same, a row an image
+    images.jsonl                 the same, a row an image, and what its caption asserts
     metadata.jsonl               makes the folder a data set: train_lora.py --train_data_dir images trains on it
     contact_sheet.png            this command's images, a row a prompt
     dicom/                       the same images as DICOM Secondary Capture (--dicom)
 
 Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise; a data set to train on
-needs other noise for every image (--own_noise). The hash is one of everything an image depends on: the same command leaves
-finished images alone and goes on after a kill, another never overwrites them. Several processes share the work:
-accelerate launch generate.py ...
+needs other noise for every image (--own_noise). The hash is one of the prompt and of every setting: the same command leaves
+finished images alone and goes on after a kill, another never overwrites them. A base whose files were changed in place is not
+noticed. Several processes, on one machine or with one folder between them, share the work: accelerate launch generate.py ...
 """
 
 import argparse
 import math
+import shutil
 import sys
-from collections import Counter
+import tempfile
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -63,8 +65,19 @@ from utils.pipeline import (
     scheduler_class,
     with_schedule,
 )
-from utils.prompts import AXES, LABELS, Prompt, check_prompts, grid_prompts, read_prompts
-from utils.provenance import DISCLAIMER, eight_bits, encode_png, file_name, note, read_made, read_png, settle_records
+from utils.prompts import AXES, MAX_SEED, Prompt, check_prompts, grid_prompts, labels_of, read_prompts
+from utils.provenance import (
+    DISCLAIMER,
+    OF_A_FILM,
+    claim_folder,
+    eight_bits,
+    encode_png,
+    file_name,
+    note,
+    read_made,
+    read_png,
+    settle_records,
+)
 from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
@@ -75,6 +88,7 @@ from utils.tokens import fit_captions
 from utils.webpage import EXAMPLES, MOST_IMAGES, Wish, build_page
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
+LARGE_MAP = 32  # latents a side
 SLICED_FROM = 512  # pixels: films go through the decoder one at a time
 LISTED = 5  # long prompts told one by one
 VERSIONS = ("torch", "diffusers", "transformers", "peft")  # that pixels may depend on
@@ -88,9 +102,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts_file", type=Path, metavar="FILE",
         help="text with a prompt a line; or .csv or .jsonl with a column prompt or text (and negative_prompt, seed, "
         "findings, view, age, sex), such as data/metadata.jsonl")  # fmt: skip
-    add("--grid", nargs="+", default=[], metavar="AXIS=A,B",
+    add("--grid", nargs="+", action="extend", default=[], metavar="AXIS=A,B",
         help=f"a prompt for every combination of {', '.join(AXES)}; findings go together with +")  # fmt: skip
-    add("--from_fold", action="store_true", help="captions of the fold that the run of --lora held out")
+    add(
+        "--from_fold",
+        action="store_true",
+        help="captions of the fold that the run of --lora held out; not to train on",
+    )
     add("--train_data_dir", type=Path, help="its films [where the run found them]")
     add("--negative_prompt", default="", help="what guidance leads away from [nothing]")
     add("--num_images", type=int, default=1, help="images a prompt [1]")
@@ -101,12 +119,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="other noise for every image of the command, not the same for each prompt",
     )
     add("--init_image", type=Path, help="begin at this film (PNG, JPEG, DICOM) with noise added, not at noise")
-    add("--strength", type=float, default=0.5, help="how much noise, in (0, 1]; 1 leaves nothing of it [0.5]")
+    add("--strength", type=float, default=0.5, help="how much noise, in (0, 1]; 1 leaves next to nothing of it [0.5]")
 
     add = parser.add_argument_group("model").add_argument
-    add("--lora", type=Path, nargs="+", default=[], metavar="ADAPTER",
+    add("--lora", type=Path, nargs="+", action="extend", default=[], metavar="ADAPTER",
         help="a run's folder or a safetensors file; several are added up [none: the bare base]")  # fmt: skip
-    add("--lora_scale", type=float, nargs="+", default=[1.0], help="weight of each adapter; 0 is the bare base [1]")
+    add("--lora_scale", type=float, nargs="+", action="extend", help="weight of each adapter; 0 is the bare base [1]")
     add("--no_vae_decoder", action="store_true", help="keep the base's decoder where one lies beside the adapter")
     add("--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [the adapter's own base]")
     add("--revision", help="branch, tag or commit of the base on the hub")
@@ -139,7 +157,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bit_depth", type=int, choices=[8, 16], default=8, help="of a pixel [8]")
     add("--dicom", action="store_true", help="write DICOM Secondary Capture, too, also of images that are there")
     add("--burn_label", action="store_true", help=f'write "{LABEL}" into the DICOM films')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.lora_scale = args.lora_scale or [1.0]
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -147,9 +167,19 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("num_images", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
-    for name in ("seed", "reject"):
-        if getattr(args, name) < 0:
-            raise Refused(f"--{name} {getattr(args, name)}; expected 0 or more")
+    if args.reject < 0:
+        raise Refused(f"--reject {args.reject}; expected 0 or more")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise Refused(f"--seed {args.seed}; expected 0 to {MAX_SEED}")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise Refused(f"--port {args.port}; expected 1 to 65535")
+    if args.init_image is not None and args.dicom:
+        raise Refused(
+            "--dicom makes films of patients that do not exist, and --init_image films that show one; take one of them"
+        )
+    given = [name for name in ("prompts_file", "grid", "from_fold", "dicom", "init_image") if getattr(args, name)]
+    if args.serve and given:
+        raise Refused(f"--{given[0]} is not for --serve, where prompts are typed into the page; leave it out")
     for name, value in [
         ("guidance_scale", args.guidance_scale),
         *(("lora_scale", value) for value in args.lora_scale),
@@ -158,6 +188,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise Refused(f"--{name} {value}; expected a finite number")
     if not 0 < args.strength <= 1:
         raise Refused(f"--strength {args.strength}; expected a number above 0, at most 1")
+    if args.init_image is not None and int(args.num_inference_steps * args.strength) < 1:
+        raise Refused(
+            f"--strength {args.strength} leaves none of {args.num_inference_steps} steps; raise either of the two"
+        )
     if args.negative_prompt and args.guidance_scale <= 1:
         raise Refused(
             f"--negative_prompt has no effect with --guidance_scale {args.guidance_scale}; expected more than 1"
@@ -176,14 +210,18 @@ def check_args(args: argparse.Namespace) -> None:
 
 def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Return all that the command line asks for: its own prompts, those of a file, of a grid, of a held-out fold."""
-    prompts = [Prompt(text.strip()) for text in args.prompt if text.strip()]
+    prompts = typed_prompts(args.prompt)
     if args.prompts_file is not None:
         prompts += read_prompts(args.prompts_file)
     if args.grid:
         prompts += grid_prompts(args.grid)
     if args.from_fold:
         prompts += held_out_prompts(args.lora[0], args.train_data_dir)
-    return check_prompts(prompts)
+    return check_prompts(replace(prompt, negative=prompt.negative or args.negative_prompt) for prompt in prompts)
+
+
+def typed_prompts(texts: Sequence[str]) -> list[Prompt]:
+    return [Prompt(text.strip()) for text in texts if text.strip()]
 
 
 def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
@@ -196,10 +234,7 @@ def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     if dataset_hash(rows) != config["data_hash"]:
         raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
     _, _, held_out = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
-    return [
-        Prompt(row["text"], labels={name: row[name] for name in LABELS if row.get(name) not in (None, "")})
-        for row in held_out
-    ]
+    return [Prompt(row["text"], labels=labels_of(row) | {"held_out": True}) for row in held_out]
 
 
 def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[dict], dict, dict[str, Path]]:
@@ -210,8 +245,9 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[dict], dic
     """
     files = [find_adapter(path) for path in args.lora]
     adapters = [read_adapter(file) for file in files]
-    for name in ("base", "resolution"):
-        values = {header[name]: file for file, (_, header) in zip(files, adapters, strict=True) if name in header}
+    for name in ("base", "resolution", "revision", "variant", "prediction_type", "rescale_betas_zero_snr"):
+        told = [header | header.get("settings", {}) for _, header in adapters]
+        values = {of.get(name): file for file, of in zip(files, told, strict=True) if "base" in of}
         if len(values) > 1:
             listed = ", ".join(f"{file} has {value}" for value, file in values.items())
             raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
@@ -230,15 +266,21 @@ def load_model(
     scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
     trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
-        revision, variant = args.revision or trained["revision"], args.variant or trained["variant"]
+        revision, variant = args.revision or trained.get("revision"), args.variant or trained.get("variant")
     else:
         revision, variant = args.revision, args.variant
     base_name = canonical_name(base_name or header.get("base") or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
     base = with_schedule(base, trained.get("prediction_type"), trained.get("rescale_betas_zero_snr", False))
-    resolution = args.resolution or header.get("resolution") or base.resolution
+    resolution = header.get("resolution") or base.resolution if args.resolution is None else args.resolution
     if resolution < 1 or resolution % base.pixel_multiple:
         raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
+
+    most = base.noise_scheduler.config.num_train_timesteps // 2 - 1  # beyond it solvers begin amid the noise schedule
+    if args.num_inference_steps > most:
+        raise Refused(
+            f"--num_inference_steps {args.num_inference_steps}; this base's noise schedule has room for {most}"
+        )
 
     pipeline = assemble(base, args.scheduler)
     try:
@@ -258,8 +300,11 @@ def load_model(
         use_frozen_products(base.unet, base.text_encoder, base.vae)
     if on_cpu or resolution >= SLICED_FROM:  # a film at a time stays in the processor's cache, or fits into memory
         base.vae.enable_slicing()
+    # On a CPU the group norm of large maps in channels-last order adds up by thread and by place in the batch
+    in_order = on_cpu and resolution // base.vae_scale_factor >= LARGE_MAP
+    layout = torch.contiguous_format if in_order else torch.channels_last
     base.vae.to(accelerator.device, memory_format=torch.channels_last)
-    for model in (base.unet.to(memory_format=torch.channels_last), base.text_encoder):
+    for model in (base.unet.to(memory_format=layout), base.text_encoder):
         accelerator.prepare_model(model, evaluation_mode=True)
     if args.compile:
         if problem := compile_problem(accelerator.device):
@@ -272,12 +317,13 @@ def load_model(
         accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
     quality = QualityControl(args.reference, resolution, accelerator.device)
     described = {
-        "base": base_name, "base_revision": revision,
+        "base": base_name, "base_revision": revision, "base_variant": variant,
         "adapters": [
-            {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True)
+            {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True) if scale
         ],
         "decoder_sha256": next(iter(decoders), None), "resolution": resolution,
-        "mixed_precision": accelerator.mixed_precision, "reference_sha256": quality.reference_sha256,
+        "mixed_precision": accelerator.mixed_precision, "device": accelerator.device.type, "compiled": args.compile,
+        "reference_sha256": quality.reference_sha256,
     }  # fmt: skip
     return pipeline, described, quality
 
@@ -307,7 +353,7 @@ def requests_of(args: argparse.Namespace, prompts: Sequence[Prompt], described: 
     for number, prompt in enumerate(prompts):
         first = args.seed + (number * args.num_images if args.own_noise else 0)
         first = first if prompt.seed is None else prompt.seed
-        about = {"prompt": prompt.text, "negative_prompt": prompt.negative or args.negative_prompt}
+        about = {"prompt": prompt.text, "negative_prompt": prompt.negative}
         requests = [{**about, "seed": first + j, **described} for j in range(args.num_images)]
         by_prompt.append({file_name(request): request for request in requests})
     return by_prompt
@@ -322,11 +368,13 @@ def draw(
     One generator an image: it does not depend on what else is asked for, nor on which process draws it.
 
     Args:
-        requests, labels: of every image, by its file's name.
+        requests, labels: of every image, by its file's name. One that was flagged is drawn again as often as --reject lets.
     """
     versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
     mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
-    pending = [(name, 0) for name in mine if not (args.output_dir / name).exists()]
+    pending = [
+        (name, tries) for name in mine if (tries := tries_before(args.output_dir / name, args.reject)) is not None
+    ]
     bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
     while pending:
         asked = [requests[name] for name, _ in pending]
@@ -355,6 +403,7 @@ def draw(
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     prompts = [] if args.serve else gather_prompts(args)
+    claim_folder(args.output_dir)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
     if accelerator.device.type == "cpu":
@@ -378,8 +427,9 @@ def main(args: argparse.Namespace) -> None:
     requests = {name: request for images in by_prompt for name, request in images.items()}
     labels = {name: prompt.labels for prompt, images in zip(prompts, by_prompt, strict=True) for name in images}
     there = [name for name in requests if (output_dir / name).exists()]
+    finished = [name for name in there if tries_before(output_dir / name, args.reject) is None]
     if accelerator.is_main_process:
-        missing_bytes = (len(requests) - len(there)) * resolution**2 * args.bit_depth // 8
+        missing_bytes = (len(requests) - len(finished)) * resolution**2 * args.bit_depth // 8
         require_space(output_dir, missing_bytes, "the images")
         output_dir.mkdir(parents=True, exist_ok=True)
         settle_records(output_dir, there)
@@ -391,13 +441,13 @@ def main(args: argparse.Namespace) -> None:
     if args.dicom:
         mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
         for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
-            film, made = read_png(output_dir / name), read_made(output_dir / name)
+            film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
             path = (output_dir / "dicom" / name).with_suffix(".dcm")
             write_bytes(path, encode_dicom(film, made, args.burn_label))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    rows = settle_records(output_dir, list(requests))
+    rows = settle_records(output_dir, list(requests), labels)
 
     # What a person looks at
     shown = [
@@ -406,18 +456,27 @@ def main(args: argparse.Namespace) -> None:
     ]
     in_step = not args.own_noise and all(prompt.seed is None for prompt in prompts)
     seeds = [f"seed {args.seed + j}" if in_step else "" for j in range(len(shown[0]))]
-    sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, DISCLAIMER)
+    footer = DISCLAIMER if init_image is None else OF_A_FILM
+    sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, footer)
     save_png(output_dir / "contact_sheet.png", sheet)
     tell_quality(rows)
     print(
-        f"{len(requests) - len(there)} new of {len(requests)} images in {output_dir}; look at "
+        f"{len(requests) - len(finished)} new of {len(requests)} images in {output_dir}; look at "
         f"{output_dir}/contact_sheet.png"
     )
 
 
+def tries_before(path: Path, reject: int) -> int | None:
+    """Return how often an image was drawn that has to be drawn now: 0 where there is none, None where it stays as it is."""
+    if not path.exists():
+        return 0
+    made = read_made(path) if reject else {"flags": []}
+    return made["attempts"] if made["flags"] and made["attempts"] <= reject else None
+
+
 def settings_of(args: argparse.Namespace) -> dict:
     """Return the settings of sampling that an image depends on."""
-    names = ("scheduler", "num_inference_steps", "guidance_scale", "batch_size", "bit_depth", "reject")
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "batch_size", "bit_depth")
     return {name: getattr(args, name) for name in names}
 
 
@@ -437,34 +496,47 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         raise Refused("--serve is for one process; start it with python generate.py --serve")
 
-    @lru_cache(maxsize=2)  # the base and one adapter
-    def loaded(lora: Path | None, scale: float) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
-        return load_model(with_flags(args, lora=[lora] if lora else [], lora_scale=[scale]), accelerator)
+    held: OrderedDict[tuple, tuple] = OrderedDict()  # the base, and one adapter in it
 
-    def answer(wish: Wish) -> list[Path]:
-        asked = with_flags(
-            args, **vars(wish) | {"lora": [wish.lora] if wish.lora else [], "lora_scale": [wish.lora_scale]}
-        )
-        check_args(asked)
-        prompts = check_prompts([Prompt(text) for text in [wish.prompt.strip()] if text])
-        pipeline, model, quality = loaded(wish.lora, wish.lora_scale if wish.lora else 1.0)
-        init_image, begun = read_init_image(asked, model["resolution"])
-        (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)
-        with explain_out_of_memory("generating", "ask for fewer images, or start with a lower --batch_size"):
-            draw(asked, accelerator, pipeline, quality, init_image, requests, dict.fromkeys(requests, {}))
-        settle_records(args.output_dir, list(requests))
-        return [args.output_dir / name for name in requests]
+    def loaded(asked: argparse.Namespace) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
+        key = (*(sha256_file(find_adapter(path)) for path in asked.lora), asked.lora_scale[0] if asked.lora else 1.0)
+        if key not in held:
+            while len(held) > 1:
+                held.popitem(last=False)
+            held[key] = load_model(asked, accelerator)
+            accelerator.free_memory()  # it would remember all models that it prepared
+        held.move_to_end(key)
+        return held[key]
 
-    first = Wish(
-        prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,
-        lora_scale=args.lora_scale[0], seed=args.seed, num_images=min(args.num_images, MOST_IMAGES),
-        guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
-    )  # fmt: skip
-    page = build_page(answer, args.lora or [Path("out")], first)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    page.launch(
-        share=args.share, server_port=args.port, allowed_paths=[str(args.output_dir.resolve())], footer_links=[]
-    )
+    with tempfile.TemporaryDirectory() as shown:  # a visitor is given copies, and nothing else of --output_dir
+
+        def answer(wish: Wish) -> list[Path]:
+            asked = with_flags(
+                args, **vars(wish) | {"lora": [wish.lora] if wish.lora else [], "lora_scale": [wish.lora_scale]}
+            )
+            check_args(asked)
+            prompts = check_prompts(
+                replace(prompt, negative=wish.negative_prompt) for prompt in typed_prompts([wish.prompt])
+            )
+            with explain_out_of_memory("generating", "ask for fewer images, or start with a lower --batch_size"):
+                pipeline, model, quality = loaded(asked)
+                _, begun = read_init_image(asked, model["resolution"])
+                (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)
+                draw(asked, accelerator, pipeline, quality, None, requests, dict.fromkeys(requests, {}))
+            settle_records(args.output_dir, list(requests))
+            return [Path(shutil.copy(args.output_dir / name, shown)) for name in requests]
+
+        first = Wish(
+            prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,
+            lora_scale=args.lora_scale[0], seed=args.seed, num_images=min(args.num_images, MOST_IMAGES),
+            guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
+        )  # fmt: skip
+        page = build_page(answer, args.lora or [Path("out")], first)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            page.launch(share=args.share, server_port=args.port, footer_links=[])
+        except OSError as error:
+            raise Refused(f"the page cannot be opened ({error}); name another --port") from error
 
 
 def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
@@ -482,6 +554,8 @@ def tell_quality(rows: Sequence[dict]) -> None:
         )
     if anew := sum(row["attempts"] > 1 for row in rows):
         print(f"{anew} of {len(rows)} images drawn anew")
+    if held_out := sum(row["labels"].get("held_out", False) for row in rows):
+        print(f"{held_out} of {len(rows)} images have captions of a held-out fold: left out of metadata.jsonl, too")
 
 
 if __name__ == "__main__":

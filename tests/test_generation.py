@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
@@ -31,6 +34,7 @@ from utils.provenance import TABLE, eight_bits, read_png
 from utils.quality import QualityControl
 from utils.refusal import Refused, run
 from utils.release import WEIGHTS_NAME
+from utils.webpage import Wish
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,69 @@ def test_flagged_images_are_drawn_anew_and_what_stays_flagged_is_no_training_fil
     assert [row["file_name"] for row in read_metadata(tmp_path / "a")] == sorted(row["file_name"] for row in rows[1:])
 
 
+def test_an_image_that_was_flagged_is_drawn_anew_in_its_place_when_asked_for_later(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def flags(quality: QualityControl, picture: torch.Tensor) -> list[str]:
+        drawn.append(picture)
+        return ["blank"] if len(drawn) == 2 else []
+
+    monkeypatch.setattr(QualityControl, "flags", flags)
+    before = make(tiny_base, tmp_path, *asking(PROMPTS[0]), "--num_images", "3")
+    after = make(tiny_base, tmp_path, *asking(PROMPTS[0]), "--num_images", "3", "--reject", "2")
+    assert len(drawn) == 4
+    assert [row["attempts"] for row in after] == [1, 2, 1] and not after[1]["flags"]
+    assert [row["file_name"] for row in after] == [row["file_name"] for row in before]
+    assert (after[0], after[2]) == (before[0], before[2]) and after[1]["sha256"] != before[1]["sha256"]
+
+
+def test_labels_that_are_known_later_reach_table_and_dicom(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
+    make(tiny_base, tmp_path, *asking("Chest radiograph of a 30-year-old man."))
+    make(tiny_base, tmp_path, "--grid", "age=30", "--grid", "sex=M", "--dicom")
+    (row,) = read_jsonl(tmp_path / TABLE)
+    (path,) = (tmp_path / "dicom").iterdir()
+    assert (row["age"], row["sex"], pydicom.dcmread(path).PatientAge) == (30, "M", "030Y")
+
+
+def test_a_data_set_is_not_written_over(tiny_base: Path, own_data: Path) -> None:
+    before = {path: path.read_bytes() for path in own_data.rglob("*") if path.is_file()}
+    with pytest.raises(Refused, match="holds a data set that generate.py did not write"):
+        make(tiny_base, own_data, *asking(PROMPTS[0]))
+    assert {path: path.read_bytes() for path in own_data.rglob("*") if path.is_file()} == before
+
+
+def test_the_page_draws_what_the_command_line_draws_and_keeps_two_models(
+    tiny_base: Path, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradio: what stands for its page asks as a visitor would."""
+    (bare,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]))
+    (adapted,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--lora", str(adapter))[1:]
+    wish = Wish(PROMPTS[0], "", adapter, 1.0, 0, 1, 4.0, 3)
+    loads, answers = [], []
+
+    def build_page(answer, folders, first):
+        def launch(**_):
+            for scale in (0.0, 1.0, 0.0, 0.5, 0.0):
+                answers.extend(path.read_bytes() for path in answer(replace(wish, lora_scale=scale)))
+            with pytest.raises(Refused, match="no prompt"):
+                answer(replace(wish, prompt=" "))
+
+        return SimpleNamespace(launch=launch)
+
+    load_model = generate.load_model
+    monkeypatch.setattr(generate, "load_model", lambda *args: loads.append(1) or load_model(*args))
+    monkeypatch.setattr(generate, "build_page", build_page)
+    paths = ["--pretrained_model_name_or_path", str(tiny_base), "--output_dir", str(tmp_path / "served")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    generate.main(generate.parse_args([*paths, "--serve", "--resolution", "64", "--mixed_precision", "no"]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(loads) == 3  # the base once
+    assert answers[0] == answers[2] == answers[4] == (tmp_path / "a" / bare["file_name"]).read_bytes()
+    assert answers[1] == (tmp_path / "a" / adapted["file_name"]).read_bytes() != answers[3]
+
+
 def test_a_generated_folder_trains_as_it_stands(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
     make(
         tiny_base,
@@ -228,6 +295,7 @@ def test_the_captions_that_a_run_held_out_are_drawn(
     held_out = [row for row in read_jsonl(tiny_data / TABLE) if row["fold"] == 3]
     assert {row["prompt"] for row in rows} == {row["text"] for row in held_out}
     assert {str(row["labels"]["findings"]) for row in rows} == {"[]", "['pneumonia']"}
+    assert read_jsonl(tmp_path / "out" / TABLE) == [], "what was held out is not trained on"
     (own_data / TABLE).write_text((own_data / TABLE).read_text().replace("Pneumonia", "Mass"))
     with pytest.raises(Refused, match="not the data that .* was trained on"):
         make(tiny_base, tmp_path / "out", "--lora", str(lora), "--from_fold", "--train_data_dir", str(own_data))
@@ -250,8 +318,9 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
     process = start(1, killed)
     while len(list((tmp_path / "killed").glob("*_?_*.png"))) < 3 and process.poll() is None:
         time.sleep(0.005)
+    assert process.poll() is None, "it ended before it could be killed"
     kill(process)
-    assert start(1, killed).wait() == whole.wait() == two.wait() == 0
+    assert [started.wait(timeout=900) for started in (start(1, killed), whole, two)] == [0, 0, 0]
     assert len(read_jsonl(tmp_path / "whole" / "images.jsonl")) == 10
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
     several, one = images_of(tmp_path / "two"), images_of(tmp_path / "whole")
@@ -267,7 +336,7 @@ def start(processes: int, args: list[str]) -> subprocess.Popen:
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d",
                     "--rdzv_endpoint", "localhost:0", "generate.py"]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([*launcher, *args], cwd=ROOT, env=os.environ | environment)
 
 
@@ -279,6 +348,14 @@ def start(processes: int, args: list[str]) -> subprocess.Popen:
         (["--prompt", "word " * 10_000], "a prompt of 10000 words"),
         (["--negative_prompt", "x", "--guidance_scale", "1"], "has no effect"),
         (["--strength", "0"], "--strength 0.0"),
+        (["--strength", "0.3", "--init_image", "f.png"], "--strength 0.3 leaves none of 3 steps"),
+        (["--init_image", "f.png", "--dicom"], "take one of them"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616"),
+        (["--num_inference_steps", "600"], "has room for 499"),
+        (["--resolution", "0"], "--resolution 0"),
+        (["--scheduler", "EDMEulerScheduler"], "--scheduler EDMEulerScheduler"),
+        (["--serve", "--port", "99999"], "--port 99999"),
+        (["--serve", "--grid", "sex=M"], "--grid is not for --serve"),
         (["--init_image", "/nowhere.png"], "no film that can be read"),
         (["--from_fold"], "expected --lora out/fold2"),
         (["--lora_scale", "1", "2"], "2 of --lora_scale for 0 of --lora"),

@@ -19,11 +19,11 @@ def test_a_table_keeps_seed_negative_prompt_and_labels(tmp_path: Path) -> None:
     path = tmp_path / "prompts.CSV"
     path.write_text(
         "text,seed,negative_prompt,findings,age,sex,view,patient_id\n"
-        '"PA film, upright.",7,blurred,Edema|Effusion,40,M,PA,secret\n"AP film.",,,,,,,\n'
+        '"PA film, upright.",7,blurred,Edema|Effusion,40,m,pa,secret\n"AP film.",,,,400,,,\n'
     )
     one, other = read_prompts(path)
     assert (one.text, one.seed, one.negative) == ("PA film, upright.", 7, "blurred")
-    assert one.labels == {"findings": ["Edema", "Effusion"], "view": "PA", "age": "40", "sex": "M"}
+    assert one.labels == {"findings": ["Edema", "Effusion"], "view": "PA", "age": 40, "sex": "M"}
     assert (other, other.labels) == (Prompt("AP film."), {})
 
 
@@ -105,4 +105,8 @@ def test_each_prompt_is_drawn_once_and_documents_are_refused() -> None:
         check_prompts([])
     with pytest.raises(Refused, match="a prompt of 10000 words"):
         check_prompts([Prompt("word " * 10_000)])
+    with pytest.raises(Refused, match="no text in UTF-8"):
+        check_prompts([Prompt("film \udcff")])
+    with pytest.raises(Refused, match="seed 18446744073709551616"):
+        check_prompts([Prompt("film", seed=2**64)])
     assert check_prompts([Prompt("word " * MOST_WORDS)])

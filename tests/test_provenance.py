@@ -110,5 +110,5 @@ def test_what_is_not_ours_or_damaged_is_refused_in_words(tmp_path: Path) -> None
     with pytest.raises(Refused, match="no whole PNG of ours"):
         read_made(tmp_path / "other.png")
     (tmp_path / RECORD).write_text("not JSON\n{}\n")
-    with pytest.raises(Refused, match="line 1.*move it away"):
+    with pytest.raises(Refused, match="line 1.*move that file away"):
         settle_records(tmp_path, [])

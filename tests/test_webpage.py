@@ -26,6 +26,8 @@ def test_adapters_are_found_by_run_by_folder_of_runs_and_by_file(tmp_path: Path)
     out = adapters(tmp_path / "out")
     assert list(find_adapters([out]).values()) == [out / "fold0", out / "fold1"]
     assert out / "fold1" in find_adapters([out / "fold1"]).values()
+    (out / "fold0" / "vae_decoder.safetensors").write_bytes(b"")
+    assert list(find_adapters([out / "fold0"]).values()) == [out / "fold0"]
     assert list(find_adapters([out / "fold0" / WEIGHTS_NAME]).values()) == [out / "fold0" / WEIGHTS_NAME]
     assert find_adapters([tmp_path / "nowhere"]) == {}
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import diffusers
@@ -38,6 +39,8 @@ SCHEDULERS = {
     "euler": EulerDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+# Noise of its own that no seed governs; timesteps and scales that no Stable Diffusion was trained with
+UNSUITED = {"DPMSolverSDEScheduler", "EDMEulerScheduler"}
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     """
     known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     found = SCHEDULERS.get(name, known)
-    usable = [kind.__name__ for kind in DDPMScheduler().compatibles]
+    usable = {kind.__name__ for kind in DDPMScheduler().compatibles} - UNSUITED
     if found is None or found.__name__ not in usable:
         raise Refused(f"--scheduler {name}; expected {', '.join(SCHEDULERS)}, or {', '.join(sorted(usable))}")
     return found
@@ -248,12 +251,17 @@ def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusion
 
     The checker knows photographs only. `scheduler` is a name for `scheduler_class`; its noise schedule is the base's own.
     """
+    solver, schedule = scheduler_class(scheduler), base.noise_scheduler.config
+    if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in signature(solver.__init__).parameters:
+        raise Refused(
+            f"--scheduler {scheduler} knows no schedule that ends in noise alone, as this one does; take ddim"
+        )
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=scheduler_class(scheduler).from_config(base.noise_scheduler.config),
+        scheduler=solver.from_config(schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

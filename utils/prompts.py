@@ -16,6 +16,7 @@ AXES = {
     "age": f"0 to {MAX_AGE}",
     "sex": "M, F",
 }
+MAX_SEED = 2**62  # seeds of images count on from it
 MOST_WORDS = 1_000  # a report has some fifty, a text encoder reads some fifty
 
 
@@ -82,10 +83,20 @@ def prompt_of(row: dict, column: str, where: str) -> Prompt:
         seed = None
     elif isinstance(seed, bool) or not str(seed).isdecimal():
         raise Refused(f"{where}: seed {seed!r}; expected a whole number from 0 on")
+    return Prompt(text.strip(), (negative or "").strip(), None if seed is None else int(seed), labels_of(row))
+
+
+def labels_of(row: dict) -> dict:
+    """Return what a table's row says under LABELS, in one form: findings as a list, age as a number; the rest is left out."""
     labels = {name: row[name] for name in LABELS if row.get(name) not in (None, "")}
     if "findings" in labels:
         labels["findings"] = findings_list(labels["findings"])
-    return Prompt(text.strip(), (negative or "").strip(), None if seed is None else int(seed), labels)
+    for name in {"view", "sex"} & labels.keys():
+        labels[name] = str(labels[name]).upper()
+    age = str(labels.pop("age", ""))
+    if age.isdecimal() and int(age) <= MAX_AGE:
+        labels["age"] = int(age)
+    return labels
 
 
 def grid_prompts(axes: Sequence[str]) -> list[Prompt]:
@@ -139,6 +150,12 @@ def check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     if not kept:
         raise Refused('no prompt; expected --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly."')
     for prompt in kept:
+        try:
+            (prompt.text + prompt.negative).encode()
+        except UnicodeEncodeError as error:
+            raise Refused(f"a prompt that is no text in UTF-8 ({error.reason}), {prompt.text[:40]!r}") from error
+        if prompt.seed is not None and prompt.seed > MAX_SEED:
+            raise Refused(f"a prompt with seed {prompt.seed}; expected at most {MAX_SEED}")
         words = max(len(text.split()) for text in (prompt.text, prompt.negative))
         if words > MOST_WORDS:
             raise Refused(

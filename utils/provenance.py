@@ -6,7 +6,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,10 @@ from utils.prompts import LABELS
 from utils.refusal import Refused
 
 DISCLAIMER = "Synthetic: made by a diffusion model from text. Not for diagnosis."
+OF_A_FILM = "Begun at a film and changed by a diffusion model: it shows that patient. Not for diagnosis."
 RECORD, TABLE = "images.jsonl", "metadata.jsonl"
+NEEDED = {"file_name", "sha256"}  # in a row of either
+NOTED = {"prompt", "resolution", "init_image_sha256", "noise_seed", "attempts", "flags", "labels"}
 CHUNK = "provenance"  # of a PNG, with all of it as JSON
 LONGEST_WAIT_S = 60.0  # for another process that is writing the record
 
@@ -46,7 +49,7 @@ def encode_png(film: np.ndarray, made: dict) -> bytes:
     """
     chunks = PngInfo()
     chunks.add_text("Synthetic", "YES")
-    chunks.add_text("Disclaimer", DISCLAIMER)
+    chunks.add_text("Disclaimer", OF_A_FILM if made["init_image_sha256"] else DISCLAIMER)
     for name, value in made.items():
         text = value if isinstance(value, str) else canonical_json(value)
         chunks.add_itxt(name, text)
@@ -93,7 +96,25 @@ def row_of(folder: Path, name: str, made: dict) -> dict:
     return {"file_name": name, **made, "synthetic": True, "sha256": sha256_file(folder / name)}
 
 
-def settle_records(folder: Path, names: Sequence[str]) -> list[dict]:
+def claim_folder(folder: Path) -> None:
+    """Refuse a folder whose tables are of a data set, not of generated films: they would be written over."""
+    foreign = [name for name in ("dataset.json", "rejected.jsonl", "metadata.csv") if (folder / name).exists()]
+    try:
+        rows = [*rows_in(folder / TABLE), *rows_in(folder / RECORD)]
+        earlier = [row for row in rows_in(folder / RECORD) if not row.keys() >= NOTED]
+    except ValueError as error:
+        raise Refused(f"{error}; move that file away: the images say themselves how they were made") from error
+    if foreign or not all(row.get("synthetic") is True and row.keys() >= NEEDED for row in rows):
+        raise Refused(f"--output_dir {folder} holds a data set that generate.py did not write; name another folder")
+    if earlier:
+        raise Refused(f"--output_dir {folder} holds images of an earlier version of generate.py; name another folder")
+
+
+def rows_in(path: Path) -> list[dict]:
+    return read_jsonl(path) if path.is_file() else []
+
+
+def settle_records(folder: Path, names: Sequence[str], labels: Mapping[str, dict] | None = None) -> list[dict]:
     """Bring a folder's records in order: each image once, those of `names` last and in their order.
 
     What a kill has torn is mended, and images that it left unnamed get their row from their own text chunks. Beside
@@ -103,22 +124,29 @@ def settle_records(folder: Path, names: Sequence[str]) -> list[dict]:
     Args:
         folder: of the images.
         names: of images that lie there.
+        labels: what their prompts assert, where that is known better than when they were drawn.
 
     Returns:
         The rows of `names`.
     """
     with hold_record(folder) as record:
-        try:
-            rows = {row["file_name"]: row for row in read_jsonl(record)} if record.exists() else {}
-        except (ValueError, KeyError) as error:
-            raise Refused(
-                f"{record} is damaged ({error}); move it away: the images say themselves how they were made"
-            ) from error
-        rows = {name: row for name, row in rows.items() if (folder / name).is_file()}
-        settled = [rows.pop(name, None) or row_of(folder, name, read_made(folder / name)) for name in names]
-        write_jsonl(record, [*rows.values(), *settled])
-        write_jsonl(folder / TABLE, [table_row(row) for row in (*rows.values(), *settled) if not row.get("flags")])
+        claim_folder(folder)
+        rows = {row["file_name"]: row for row in rows_in(record) if (folder / row["file_name"]).is_file()}
+        settled = []
+        for name in names:
+            row = rows.pop(name, None)
+            is_current = row is not None and row["sha256"] == sha256_file(folder / name)
+            settled.append(row if is_current else row_of(folder, name, read_made(folder / name)))
+        settled = [row | {"labels": (labels or {}).get(row["file_name"]) or row["labels"]} for row in settled]
+        everything = [*rows.values(), *settled]
+        write_jsonl(record, everything)
+        write_jsonl(folder / TABLE, [table_row(row) for row in everything if is_to_train_on(row)])
     return settled
+
+
+def is_to_train_on(row: dict) -> bool:
+    """Return whether an image passed quality control, and was not drawn from the caption of a film that was held out."""
+    return not row["flags"] and not row["labels"].get("held_out")
 
 
 def table_row(row: dict) -> dict:
@@ -126,20 +154,23 @@ def table_row(row: dict) -> dict:
 
     They are alike whatever their prompts, and must not be on both sides of a split.
     """
-    source = row.get("init_image_sha256")
-    labels = {name: row.get("labels", {}).get(name) for name in LABELS}
+    source = row["init_image_sha256"]
+    labels = {name: row["labels"].get(name) for name in LABELS}
     return {
         "file_name": row["file_name"], "text": row["prompt"],
-        "patient_id": f"film-{source[:12]}" if source else f"noise-{row.get('noise_seed', row['seed'])}", **labels,
+        "patient_id": f"film-{source[:12]}" if source else f"noise-{row['noise_seed']}", **labels,
         "source": "synthetic", "source_id": row["file_name"], "license": "that of the base model and of the adapters",
         "sha256": row["sha256"], "width": row["resolution"], "height": row["resolution"], "synthetic": True,
     }  # fmt: skip
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Return the pixels of a generated film, uint8 or uint16 [H, W]."""
-    with Image.open(path) as image:
-        return np.asarray(image)
+    """Return the pixels of a generated film, uint8 or uint16 [H, W]; a damaged file is refused by name."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise Refused(f"{path} is damaged; move it away, and the same command draws it again") from error
 
 
 def eight_bits(film: np.ndarray) -> np.ndarray:

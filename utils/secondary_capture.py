@@ -26,7 +26,7 @@ LONGEST_COMMENT = 10240  # of an LT element
 
 
 def encode_dicom(film: np.ndarray, made: dict, burn_label: bool = False) -> bytes:
-    """Return a generated film as a DICOM file; equal films give equal bytes, dates are empty.
+    """Return a film generated from text alone as a DICOM file; equal films give equal bytes, dates are empty.
 
     Args:
         film: grey, uint8 or uint16 [H, W], bright where dense.

@@ -35,8 +35,11 @@ class Wish:
 
 def find_adapters(folders: Sequence[Path]) -> dict[str, Path]:
     """Return the adapters of some runs' folders and of folders of runs, by the name they are offered under."""
-    found = [path for folder in folders for path in (folder, *sorted(folder.glob("*")))]
-    return {str(path): path for path in found if path.suffix == ".safetensors" or (path / WEIGHTS_NAME).is_file()}
+    found = []
+    for path in folders:
+        is_one = path.suffix == ".safetensors" or (path / WEIGHTS_NAME).is_file()
+        found += [path] if is_one else [file.parent for file in sorted(path.glob(f"*/{WEIGHTS_NAME}"))]
+    return {str(path): path for path in found}
 
 
 def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], first: Wish):
@@ -84,7 +87,6 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
         ]
         return *captioned, list(map(str, [*by_base, *by_adapter]))
 
-    fonts = ["system-ui", "sans-serif"]  # those of the machine: others would be fetched
     with gradio.Blocks(title=TITLE) as page:
         gradio.Markdown(f"# {TITLE}\n{WHAT_IT_IS_NOT}")
         with gradio.Row():
@@ -95,11 +97,21 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
                 with gradio.Row():
                     seed = gradio.Number(first.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
                     count = gradio.Slider(1, MOST_IMAGES, first.num_images, step=1, label="Images")
-                guidance = gradio.Slider(1, 8, first.guidance_scale, step=0.5, label="Guidance (3 to 4 for films)")
+                guidance = gradio.Slider(
+                    1,
+                    max(8, first.guidance_scale),
+                    first.guidance_scale,
+                    step=0.5,
+                    label="Guidance (3 to 4 for films)",
+                )
                 with gradio.Accordion("More", open=False):
                     negative = gradio.Textbox(first.negative_prompt, label="Negative prompt")
-                    steps = gradio.Slider(1, 100, first.num_inference_steps, step=1, label="Solver steps")
-                    scale = gradio.Slider(0, 1.5, first.lora_scale, step=0.05, label="Weight of the adapter")
+                    steps = gradio.Slider(
+                        1, max(100, first.num_inference_steps), first.num_inference_steps, step=1, label="Solver steps"
+                    )
+                    scale = gradio.Slider(
+                        0, max(1.5, first.lora_scale), first.lora_scale, step=0.05, label="Weight of the adapter"
+                    )
                 button = gradio.Button("Generate", variant="primary", elem_id="generate")
                 gradio.Examples([[example] for example in EXAMPLES], [prompt])
             with gradio.Column(scale=3):
@@ -112,5 +124,4 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
         asked = [prompt, adapter, seed, guidance, count, negative, steps, scale]
         gradio.on([button.click, prompt.submit], answer, asked, [by_base, by_adapter, files], api_name="generate")
         page.load(lambda: gradio.update(choices=offered()), outputs=adapter, api_name=False)
-    page.theme = gradio.themes.Default(font=fonts, font_mono=["monospace"])
     return page
