@@ -94,12 +94,11 @@ from utils.findings import (
     shown_labels,
     single_findings,
 )
-from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of, split_fold, with_folds
+from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of
 from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
 from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
-from utils.metadata import dataset_hash, read_metadata
 from utils.metrics import bootstrap_interval, in_batches, num_scales
 from utils.pages import ALIGNMENT_NOTE, TSTR_NOTE, report_fold, write_fold_page
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
@@ -120,7 +119,7 @@ from utils.report import (
     save_png,
     tstr_over_folds_table,
 )
-from utils.runlog import package_versions, read_config
+from utils.runlog import package_versions, read_config, read_split
 from utils.seeding import derive_seed
 from utils.subgroups import subgroups
 from utils.tokens import tokenize
@@ -212,11 +211,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     data_dir = args.train_data_dir or Path(config["train_data_dir"])
 
     # The fold that was held out, and the training films that floors are fitted on
-    rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
-    rows = with_folds(rows, group_by=settings["group_by"])
-    training_rows, _, held_out_rows = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
-    if dataset_hash(rows) != config["data_hash"]:
-        raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
+    rows, training_rows, held_out_rows = read_split(config, run_dir, data_dir)
     held_out_rows = draw_most_patients(held_out_rows, args.max_films, args.seed)
     if settings["max_train_samples"] is not None:
         training_rows = draw_rows(training_rows, settings["max_train_samples"], settings["seed"])

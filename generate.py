@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,6 @@ from tqdm.auto import tqdm
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import require_space, sha256_file, write_bytes
 from utils.films import UnusableFilm
-from utils.folds import split_fold, with_folds
 from utils.hardware import (
     choose_mixed_precision,
     compile_blocks,
@@ -52,7 +51,6 @@ from utils.hardware import (
 from utils.images import grey_levels, load_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
-from utils.metadata import dataset_hash, read_metadata
 from utils.pipeline import (
     SCHEDULERS,
     assemble,
@@ -81,7 +79,7 @@ from utils.provenance import (
 from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
-from utils.runlog import package_versions, read_config
+from utils.runlog import package_versions, read_config, read_split
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
 from utils.tokens import fit_captions
@@ -227,13 +225,7 @@ def typed_prompts(texts: Sequence[str]) -> list[Prompt]:
 def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     """Return the captions of the films that a run was not trained on, with what the table says of them."""
     config = read_config(run_dir)
-    settings = config["settings"]
-    data_dir = data_dir or Path(config["train_data_dir"])
-    rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
-    rows = with_folds(rows, group_by=settings["group_by"])
-    if dataset_hash(rows) != config["data_hash"]:
-        raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
-    _, _, held_out = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
+    _, _, held_out = read_split(config, run_dir, data_dir or Path(config["train_data_dir"]))
     return [Prompt(row["text"], labels=labels_of(row) | {"held_out": True}) for row in held_out]
 
 
@@ -361,20 +353,19 @@ def requests_of(args: argparse.Namespace, prompts: Sequence[Prompt], described: 
 
 def draw(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionPipeline, quality: QualityControl,
-    init_image: torch.Tensor | None, requests: dict[str, dict], labels: dict[str, dict],
+    init_image: torch.Tensor | None, requests: dict[str, dict], labels: dict[str, dict], due: dict[str, int],
 ) -> None:  # fmt: skip
-    """Draw this process's share of what is asked for and does not lie there yet.
+    """Draw this process's share of what is due.
 
     One generator an image: it does not depend on what else is asked for, nor on which process draws it.
 
     Args:
-        requests, labels: of every image, by its file's name. One that was flagged is drawn again as often as --reject lets.
+        init_image: uint8 [resolution, resolution] or None.
+        requests, labels: of every image, by its file's name.
+        due: how often each that has to be drawn was drawn before, from `find_due`.
     """
     versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
-    mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
-    pending = [
-        (name, tries) for name in mine if (tries := tries_before(args.output_dir / name, args.reject)) is not None
-    ]
+    pending = list(due.items())[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
     while pending:
         asked = [requests[name] for name, _ in pending]
@@ -426,16 +417,14 @@ def main(args: argparse.Namespace) -> None:
     by_prompt = requests_of(args, prompts, model | settings_of(args) | begun)
     requests = {name: request for images in by_prompt for name, request in images.items()}
     labels = {name: prompt.labels for prompt, images in zip(prompts, by_prompt, strict=True) for name in images}
-    there = [name for name in requests if (output_dir / name).exists()]
-    finished = [name for name in there if tries_before(output_dir / name, args.reject) is None]
+    due = find_due(output_dir, requests, args.reject)
     if accelerator.is_main_process:
-        missing_bytes = (len(requests) - len(finished)) * resolution**2 * args.bit_depth // 8
-        require_space(output_dir, missing_bytes, "the images")
+        require_space(output_dir, len(due) * resolution**2 * args.bit_depth // 8, "the images")
         output_dir.mkdir(parents=True, exist_ok=True)
-        settle_records(output_dir, there)
-    accelerator.wait_for_everyone()
+        settle_records(output_dir, [name for name in requests if (output_dir / name).exists()])
+    accelerator.wait_for_everyone()  # now all know what is due, and nobody has drawn yet
     with explain_out_of_memory("generating", "lower --batch_size, or --resolution"):
-        draw(args, accelerator, pipeline, quality, init_image, requests, labels)
+        draw(args, accelerator, pipeline, quality, init_image, requests, labels, due)
 
     # The same as DICOM, from the images as they lie there
     if args.dicom:
@@ -460,18 +449,18 @@ def main(args: argparse.Namespace) -> None:
     sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, footer)
     save_png(output_dir / "contact_sheet.png", sheet)
     tell_quality(rows)
-    print(
-        f"{len(requests) - len(finished)} new of {len(requests)} images in {output_dir}; look at "
-        f"{output_dir}/contact_sheet.png"
-    )
+    print(f"{len(due)} new of {len(requests)} images in {output_dir}; look at {output_dir}/contact_sheet.png")
 
 
-def tries_before(path: Path, reject: int) -> int | None:
-    """Return how often an image was drawn that has to be drawn now: 0 where there is none, None where it stays as it is."""
-    if not path.exists():
-        return 0
-    made = read_made(path) if reject else {"flags": []}
-    return made["attempts"] if made["flags"] and made["attempts"] <= reject else None
+def find_due(folder: Path, names: Iterable[str], reject: int) -> dict[str, int]:
+    """Return the images to be drawn, and how often each was before: those not there, and flagged ones up to `reject` times."""
+    due = {}
+    for name in names:
+        if not (folder / name).exists():
+            due[name] = 0
+        elif reject and (made := read_made(folder / name))["flags"] and made["attempts"] <= reject:
+            due[name] = made["attempts"]
+    return due
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -522,7 +511,8 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 pipeline, model, quality = loaded(asked)
                 _, begun = read_init_image(asked, model["resolution"])
                 (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)
-                draw(asked, accelerator, pipeline, quality, None, requests, dict.fromkeys(requests, {}))
+                due = find_due(args.output_dir, requests, args.reject)
+                draw(asked, accelerator, pipeline, quality, None, requests, dict.fromkeys(requests, {}), due)
             settle_records(args.output_dir, list(requests))
             return [Path(shutil.copy(args.output_dir / name, shown)) for name in requests]
 

@@ -13,14 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils.files import (
-    append_jsonl,
-    canonical_json,
-    hold_lock,
-    read_jsonl,
-    sha256_file,
-    write_jsonl,
-)
+from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_jsonl
 from utils.prompts import LABELS
 from utils.refusal import Refused
 
@@ -124,7 +117,7 @@ def settle_records(folder: Path, names: Sequence[str], labels: Mapping[str, dict
     Args:
         folder: of the images.
         names: of images that lie there.
-        labels: what their prompts assert, where that is known better than when they were drawn.
+        labels: what their prompts assert, added to what was known when they were drawn.
 
     Returns:
         The rows of `names`.
@@ -137,7 +130,7 @@ def settle_records(folder: Path, names: Sequence[str], labels: Mapping[str, dict
             row = rows.pop(name, None)
             is_current = row is not None and row["sha256"] == sha256_file(folder / name)
             settled.append(row if is_current else row_of(folder, name, read_made(folder / name)))
-        settled = [row | {"labels": (labels or {}).get(row["file_name"]) or row["labels"]} for row in settled]
+        settled = [row | {"labels": row["labels"] | (labels or {}).get(row["file_name"], {})} for row in settled]
         everything = [*rows.values(), *settled]
         write_jsonl(record, everything)
         write_jsonl(folder / TABLE, [table_row(row) for row in everything if is_to_train_on(row)])

@@ -52,11 +52,9 @@ class QualityControl:
                 "is far from them"
             )
         self.space = bundled_space(device)
-        self.real = self.measure(DataLoader(FilmDataset(reference, rows, resolution, "lanczos"), 64), len(rows))
+        films = DataLoader(FilmDataset(reference, rows, resolution), 64)
+        self.real = measure_films(self.space, films, len(rows))["features"]
         self.radius = nearest_of_others(self.real, patients).quantile(FARTHEST).item()
-
-    def measure(self, batches, count: int) -> Tensor:
-        return measure_films(self.space, batches, count)["features"]
 
     @torch.no_grad()
     def flags(self, picture: Tensor) -> list[str]:

@@ -1,4 +1,4 @@
-"""The record of a run: settings, versions, and logs that a resume cuts back to where it goes on."""
+"""The record of a run: settings, versions, which films it learnt from, and logs that a resume cuts back to where it goes on."""
 
 import json
 import platform
@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from utils.files import read_jsonl, write_jsonl
+from utils.folds import split_fold, with_folds
+from utils.metadata import dataset_hash, read_metadata
 from utils.refusal import Refused
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "bitsandbytes", "xformers", "torchmetrics")
@@ -31,6 +33,26 @@ def read_config(run_dir: Path) -> dict:
         return json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
+
+
+def read_split(config: dict, run_dir: Path, data_dir: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """Return all rows of the data that a run was trained on, those it learnt from, and those of the fold it never saw.
+
+    Args:
+        config: the run's, from `read_config`.
+        run_dir: its folder.
+        data_dir: where its films lie now.
+
+    Raises:
+        Refused: for other data than it was trained on.
+    """
+    settings = config["settings"]
+    rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])
+    rows = with_folds(rows, group_by=settings["group_by"])
+    if dataset_hash(rows) != config["data_hash"]:
+        raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
+    training, _, held_out = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
+    return rows, training, held_out
 
 
 def cut_back(log: Path, step: int) -> None:

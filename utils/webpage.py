@@ -91,11 +91,11 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
         gradio.Markdown(f"# {TITLE}\n{WHAT_IT_IS_NOT}")
         with gradio.Row():
             with gradio.Column(scale=2):
-                prompt = gradio.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt")
+                prompt = gradio.Textbox(first.prompt, label="Prompt", lines=3)
                 choices = offered()
-                adapter = gradio.Dropdown(choices, value=choices[0], label="Adapter", elem_id="adapter")
+                adapter = gradio.Dropdown(choices, value=choices[0], label="Adapter")
                 with gradio.Row():
-                    seed = gradio.Number(first.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    seed = gradio.Number(first.seed, label="Seed", precision=0, minimum=0)
                     count = gradio.Slider(1, MOST_IMAGES, first.num_images, step=1, label="Images")
                 guidance = gradio.Slider(
                     1,
@@ -112,7 +112,7 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
                     scale = gradio.Slider(
                         0, max(1.5, first.lora_scale), first.lora_scale, step=0.05, label="Weight of the adapter"
                     )
-                button = gradio.Button("Generate", variant="primary", elem_id="generate")
+                button = gradio.Button("Generate", variant="primary")
                 gradio.Examples([[example] for example in EXAMPLES], [prompt])
             with gradio.Column(scale=3):
                 shown = dict(columns=2, object_fit="contain", height="auto", format="png", interactive=False)

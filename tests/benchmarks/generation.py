@@ -139,11 +139,11 @@ def write_adapter(folder: Path) -> Path:
 
 def stock_pipeline(lora: Path, accelerator: Accelerator) -> StableDiffusionPipeline:
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / BUNDLED_BASE, safety_checker=None, torch_dtype=dtype)
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / BUNDLED_BASE, safety_checker=None)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(lora)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(accelerator.device)
+    return pipeline.to(accelerator.device, dtype)
 
 
 if __name__ == "__main__":
