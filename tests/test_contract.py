@@ -82,8 +82,12 @@ def test_the_noise_prediction_step_is_written_out_in_the_script() -> None:
     assert names <= assigned
 
 
-def test_the_data_side_starts_without_torch() -> None:
-    check = "import sys, download; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("script", "unneeded"),
+    [("download", {"torch", "sklearn"}), ("generate", {"torchmetrics", "matplotlib", "sklearn", "gradio"})],
+)
+def test_a_script_starts_without_what_takes_seconds_to_import(script: str, unneeded: set[str]) -> None:
+    check = f"import sys, {script}; sys.exit(', '.join({unneeded} & sys.modules.keys()) or 0)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 

@@ -10,9 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torchmetrics.image.kid import poly_kernel
 
 from utils.refusal import Refused
 
@@ -74,6 +72,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of each row of the kernel matrix [N, M], [N]."""
+    from torchmetrics.image.kid import poly_kernel
+
     return torch.cat([_blocks(poly_kernel, rows, b).sum(dim=1) for rows in a.split(CHUNK)])
 
 
@@ -269,6 +269,8 @@ def auroc(
     nothing = float("nan"), float("nan")
     if labels.all() or not labels.any():
         return float("nan"), nothing
+    from sklearn.metrics import roc_auc_score
+
     area = float(roc_auc_score(labels, scores))
     _, patient = np.unique(np.asarray(groups), return_inverse=True)
     num_patients = patient.max() + 1

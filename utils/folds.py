@@ -8,7 +8,6 @@ from itertools import islice
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 
 from utils.refusal import Refused
 from utils.seeding import derive_seed
@@ -33,6 +32,8 @@ def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_fol
     Raises:
         Refused: with fewer groups than folds.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # seconds, and only what deals out folds needs it
+
     num_groups = len(set(groups))
     if num_groups < num_folds:
         raise Refused(f"{num_groups} patients cannot fill {num_folds} folds; use more films or a smaller --num_folds")

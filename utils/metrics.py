@@ -2,6 +2,8 @@
 
 Every film is 8-bit grey. SSIM is that of Wang et al. 2004 (IEEE TIP 13(4), Eq. 13) with its Gaussian window (sigma
 1.5, 11 x 11) on [0, 1] with a data range of 1: a data range of 255 there makes two unrelated films score 0.99.
+
+torchmetrics brings matplotlib along, a fifth of the time to a first image: it is imported where a film is scored.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,10 +11,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 WINDOW = 11  # pixels
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, finest scale first
@@ -39,6 +37,8 @@ def ssim_of_grey(images: Tensor, references: Tensor) -> Tensor:
     Args:
         images, references: grey values about [0, 1], float32 [B, 1, H, W], from 11 pixels a side.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _, maps = structural_similarity_index_measure(
         images, references, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
     )  # maps: [B, 1, H, W]
@@ -71,6 +71,8 @@ def ms_ssim(films: Tensor, references: Tensor) -> Tensor:
     Returns:
         float32 [B], in [0, 1].
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     weights = SCALE_WEIGHTS[: num_scales(min(films.shape[1:]))]
     return multiscale_structural_similarity_index_measure(
         _unit(films), _unit(references), sigma=1.5, data_range=1.0, normalize="relu", reduction="none",
