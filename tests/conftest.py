@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 64  # pixels
+HANG_S = 1200  # what takes longer hangs; machines that others share have taken 160 s for what takes 10
 
 
 def build_base(folder: Path, prediction_type: str = "epsilon") -> Path:

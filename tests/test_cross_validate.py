@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 # Says what was asked for in the order it was, and writes what the real commands write last
 STUB = """#!/usr/bin/env bash
@@ -40,7 +40,7 @@ def cross_validate(checkout: Path, *flags: str, **environment: str) -> tuple[int
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         ["bash", checkout / "launch" / "cross_validate.sh", *flags], cwd="/", env={**inherited, **environment},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     calls = (checkout / "calls.txt").read_text().splitlines() if (checkout / "calls.txt").exists() else []
     return done.returncode, calls, done.stderr

@@ -17,7 +17,7 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 import train_lora
-from tests.conftest import build_base
+from tests.conftest import HANG_S, build_base
 from tests.test_lora import trained
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint, watch_run
 from utils.checkpoint import load_checkpoint
@@ -185,7 +185,7 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
                 "--train_batch_size", str(4 // processes)]  # fmt: skip
         runs = {name: tmp_path / f"{name}{processes}" for name in ("unbroken", "killed")}
         output = tmp_path / "output.txt"
-        assert start(processes, flags(tiny_base, tiny_data, runs["unbroken"], *more), output).wait(300) == 0, (
+        assert start(processes, flags(tiny_base, tiny_data, runs["unbroken"], *more), output).wait(HANG_S) == 0, (
             output.read_text()
         )
         for _ in range(2):
@@ -193,7 +193,7 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
             wait_for_checkpoint(process, runs["killed"])
             time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
             kill(process)
-        assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(300) == 0
+        assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(HANG_S) == 0
         for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
             assert (runs["killed"] / name).read_bytes() == (runs["unbroken"] / name).read_bytes(), name
         logs[processes] = [row["loss"] for row in read(runs["unbroken"] / "log.jsonl")]

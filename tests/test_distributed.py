@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import HANG_S
 from tests.training import flags, read, start
 
 
@@ -16,7 +17,9 @@ def test_two_processes_encode_train_validate_and_draw_as_one(tiny_base: Path, ti
         more = ["--max_train_steps", "12", "--validation_steps", "6", "--num_validation_images", "2", "--use_ema",
                 "--gradient_accumulation_steps", "2", "--train_batch_size", str(4 // processes), "--caption_dropout", "0.3",
                 "--sentence_dropout", "0.3", "--cache_dir", str(tmp_path / f"cache{processes}")]  # fmt: skip
-        status = start(processes, flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more), output).wait(300)
+        status = start(processes, flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more), output).wait(
+            HANG_S
+        )
         assert status == 0, output.read_text()
     one, two = tmp_path / "run1", tmp_path / "run2"
     for log, names, tolerance in (
@@ -39,6 +42,6 @@ def test_a_film_that_one_process_cannot_read_ends_the_job_with_its_name(
     film = own_data / "images" / "p10_1.png"  # row 21: the second process's
     film.write_bytes(film.read_bytes()[:300])
     output = tmp_path / "output.txt"
-    assert start(2, flags(tiny_base, own_data, tmp_path / "run"), output).wait(120) != 0
+    assert start(2, flags(tiny_base, own_data, tmp_path / "run"), output).wait(HANG_S) != 0
     end = output.read_text().splitlines()[-15:]
     assert any("p10_1.png" in line for line in end), "\n".join(end)

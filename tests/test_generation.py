@@ -21,7 +21,7 @@ from PIL import Image
 
 import generate
 import utils.quality
-from tests.conftest import ROOT, draw_film
+from tests.conftest import HANG_S, ROOT, draw_film
 from tests.test_generate import PROMPTS, asking, make, pixels
 from tests.test_lora import trained
 from tests.training import kill, train
@@ -320,7 +320,7 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         time.sleep(0.005)
     assert process.poll() is None, "it ended before it could be killed"
     kill(process)
-    assert [started.wait(timeout=900) for started in (start(1, killed), whole, two)] == [0, 0, 0]
+    assert [started.wait(HANG_S) for started in (start(1, killed), whole, two)] == [0, 0, 0]
     assert len(read_jsonl(tmp_path / "whole" / "images.jsonl")) == 10
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
     several, one = images_of(tmp_path / "two"), images_of(tmp_path / "whole")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_lora
+from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.hardware import xformers_problem
@@ -95,11 +96,11 @@ def test_killed_and_resumed_it_ends_in_the_same_numbers(
 ) -> None:
     more = ["--max_train_steps", "60", "--checkpointing_steps", "7", "--validation_steps", "20", *flag]
     output = tmp_path / "output.txt"
-    assert start(1, flags(tiny_base, tiny_data, tmp_path / "whole", *more), output, cpu=False).wait(300) == 0
+    assert start(1, flags(tiny_base, tiny_data, tmp_path / "whole", *more), output, cpu=False).wait(HANG_S) == 0
     process = start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False)
     wait_for_checkpoint(process, tmp_path / "killed")
     kill(process)
-    assert start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False).wait(300) == 0
+    assert start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False).wait(HANG_S) == 0
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
     assert (tmp_path / "killed" / WEIGHTS_NAME).exists()
 

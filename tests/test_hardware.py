@@ -48,6 +48,7 @@ def test_threads_are_shared_unless_the_user_said_how_many(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says 1 unasked
     hardware.use_all_cores()
@@ -58,7 +59,9 @@ def test_threads_are_shared_unless_the_user_said_how_many(monkeypatch: pytest.Mo
     hardware.use_all_cores()
     monkeypatch.delenv("OMP_NUM_THREADS")
     hardware.use_all_cores()
-    assert asked == [4, 4]
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "6")
+    hardware.use_all_cores()
+    assert asked == [4, 4, 3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may run here")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HANG_S
 from tests.training import flags, read, start
 from utils import interrupt
 from utils.checkpoint import checkpoint_steps
@@ -47,7 +48,7 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-SETTINGS = ["--max_train_steps", "150", "--checkpointing_steps", "1000", "--validation_steps", "150",
+SETTINGS = ["--max_train_steps", "100", "--checkpointing_steps", "1000", "--validation_steps", "100",
             "--dataloader_num_workers", "1", "--train_batch_size"]  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def unbroken(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("unbroken")
     for processes in (1, 2):
         args = flags(tiny_base, tiny_data, folder / str(processes), *SETTINGS, str(4 // processes))
-        assert start(processes, args, folder / "output.txt").wait(300) == 0
+        assert start(processes, args, folder / "output.txt").wait(HANG_S) == 0
     return {processes: folder / str(processes) for processes in (1, 2)}
 
 
@@ -74,15 +75,15 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     assert process.poll() is None
     if processes == 1:
         os.killpg(process.pid, number)  # as a terminal does, and a scheduler
-        assert process.wait(60) == 128 + number
+        assert process.wait(HANG_S) == 128 + number
     else:
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[-1]), number)
-        assert process.wait(60) != 0
+        assert process.wait(HANG_S) != 0
     assert "interrupted; the same command goes on" in output.read_text()
     (step,) = checkpoint_steps(run)
     assert read(run / "log.jsonl")[-1]["step"] == step
-    assert 25 <= step < 150
-    assert start(processes, args, output).wait(300) == 0
+    assert 25 <= step < 100
+    assert start(processes, args, output).wait(HANG_S) == 0
     for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
         assert (run / name).read_bytes() == (unbroken[processes] / name).read_bytes(), name
