@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import train_lora
@@ -34,6 +35,7 @@ def flags(base: Path, data: Path, run: Path, *more: str, precision: str | None =
 
 def train(*args, **options) -> int:
     """Run the script's main as a fresh process would, and return the status it would exit with."""
+    threads = torch.get_num_threads()  # a test that acts as a launcher has the script take all cores
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -42,6 +44,7 @@ def train(*args, **options) -> int:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
