@@ -17,10 +17,8 @@ def test_two_processes_encode_train_validate_and_draw_as_one(tiny_base: Path, ti
         more = ["--max_train_steps", "12", "--validation_steps", "6", "--num_validation_images", "2", "--use_ema",
                 "--gradient_accumulation_steps", "2", "--train_batch_size", str(4 // processes), "--caption_dropout", "0.3",
                 "--sentence_dropout", "0.3", "--cache_dir", str(tmp_path / f"cache{processes}")]  # fmt: skip
-        status = start(processes, flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more), output).wait(
-            HANG_S
-        )
-        assert status == 0, output.read_text()
+        args = flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more)
+        assert start(processes, args, output).wait(HANG_S) == 0, output.read_text()
     one, two = tmp_path / "run1", tmp_path / "run2"
     for log, names, tolerance in (
         ("log.jsonl", ("loss", "lr"), 1e-5),

@@ -88,6 +88,14 @@ def test_records_are_mended_and_name_every_image_once(tmp_path: Path) -> None:
     assert [row["file_name"] for row in read_jsonl(tmp_path / RECORD)] == names[1:]
 
 
+def test_what_was_held_out_stays_so_when_the_image_is_asked_for_without_its_fold(tmp_path: Path) -> None:
+    name = draw(tmp_path, 0)
+    settle_records(tmp_path, [name], {name: {"held_out": True}})
+    (row,) = settle_records(tmp_path, [name], {name: {"age": 50}})
+    assert row["labels"] == made(0)["labels"] | {"held_out": True, "age": 50}
+    assert read_jsonl(tmp_path / TABLE) == []
+
+
 def test_the_folder_is_a_data_set_whose_folds_share_no_noise_and_no_film(tmp_path: Path) -> None:
     names = [draw(tmp_path, seed) for seed in range(12)]
     same_noise = draw(tmp_path, 100, noise_seed=0)

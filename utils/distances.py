@@ -72,7 +72,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of each row of the kernel matrix [N, M], [N]."""
-    from torchmetrics.image.kid import poly_kernel
+    from torchmetrics.image.kid import poly_kernel  # here, since generate.py wants neighbours alone
 
     return torch.cat([_blocks(poly_kernel, rows, b).sum(dim=1) for rows in a.split(CHUNK)])
 
@@ -265,12 +265,12 @@ def auroc(
     Returns:
         The area, NaN where one label is missing, and lower and upper end, NaN also for a single patient.
     """
+    from sklearn.metrics import roc_auc_score  # here, since generate.py wants neighbours alone
+
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     nothing = float("nan"), float("nan")
     if labels.all() or not labels.any():
         return float("nan"), nothing
-    from sklearn.metrics import roc_auc_score
-
     area = float(roc_auc_score(labels, scores))
     _, patient = np.unique(np.asarray(groups), return_inverse=True)
     num_patients = patient.max() + 1

@@ -3,7 +3,7 @@
 Every film is 8-bit grey. SSIM is that of Wang et al. 2004 (IEEE TIP 13(4), Eq. 13) with its Gaussian window (sigma
 1.5, 11 x 11) on [0, 1] with a data range of 1: a data range of 255 there makes two unrelated films score 0.99.
 
-torchmetrics brings matplotlib along, a fifth of the time to a first image: it is imported where a film is scored.
+torchmetrics brings matplotlib along, a sixth of what generate.py would import: it is imported where films are scored.
 """
 
 from collections.abc import Callable, Sequence

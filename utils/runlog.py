@@ -1,4 +1,4 @@
-"""The record of a run: settings, versions, which films it learnt from, and logs that a resume cuts back to where it goes on."""
+"""The record of a run: settings, versions, the split of its films, and logs that a resume cuts back to where it goes on."""
 
 import json
 import platform
@@ -36,7 +36,9 @@ def read_config(run_dir: Path) -> dict:
 
 
 def read_split(config: dict, run_dir: Path, data_dir: Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """Return all rows of the data that a run was trained on, those it learnt from, and those of the fold it never saw.
+    """Return the rows of a run's data: all, those for training (before --max_train_samples), those of its held-out fold.
+
+    Those that it was validated on are in neither part.
 
     Args:
         config: the run's, from `read_config`.
@@ -44,7 +46,7 @@ def read_split(config: dict, run_dir: Path, data_dir: Path) -> tuple[list[dict],
         data_dir: where its films lie now.
 
     Raises:
-        Refused: for other data than it was trained on.
+        Refused: for other data than it was trained on, and for a table that cannot be read.
     """
     settings = config["settings"]
     rows = read_metadata(data_dir, settings["image_column"], settings["caption_column"])

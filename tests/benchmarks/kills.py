@@ -23,7 +23,8 @@ from utils.pipeline import ROOT
 from utils.refusal import ArgumentParser, Refused, run
 
 GRID = ("view=PA,AP", "sex=M,F", "findings=none,cardiomegaly,pneumonia,pneumothorax,effusion")
-LONGEST_PAUSE_S = 1.0  # from the image that a kill waits for to the kill
+LONGEST_PAUSE_S = 1.0  # from the image that a kill waits for to the kill; the last image ends it
+FEWEST_KILLS = 2  # before the first image, and after the last
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,15 +37,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.kills < FEWEST_KILLS or args.num_images < 1:
+        raise Refused(
+            f"--kills {args.kills} --num_images {args.num_images}; expected {FEWEST_KILLS} or more, and 1 or more"
+        )
     generator = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         finish(whole, args, "unbroken")
         total = num_images_in(whole)
         # One kill before the first image, one after the last, the others between
-        between = sorted(generator.sample(range(1, total), args.kills - 2))
+        between = sorted(generator.sample(range(1, total), args.kills - FEWEST_KILLS))
         for number, least in enumerate([0, *between, total], 1):
-            there = kill_at(killed, args, least, generator.uniform(0, LONGEST_PAUSE_S))
+            there = kill_at(killed, args, least, total, generator.uniform(0, LONGEST_PAUSE_S))
             print(f"kill {number:>2}: {there:>4} of {total} images were there", flush=True)
         finish(killed, args, "after the kills")
         ours, expected = contents(killed), contents(whole)
@@ -74,13 +79,17 @@ def finish(folder: Path, args: argparse.Namespace, name: str) -> None:
     print(f"{name}: {num_images_in(folder)} images, {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def kill_at(folder: Path, args: argparse.Namespace, least: int, pause_s: float) -> int:
-    """Go on until at least this many images lie there, and a moment longer; return how many were there at the kill."""
+def kill_at(folder: Path, args: argparse.Namespace, least: int, total: int, pause_s: float) -> int:
+    """Go on until at least this many images lie there, and a moment longer; return how many were there at the kill.
+
+    The moment ends with the last image, else a quick run could be over before it.
+    """
     process = subprocess.Popen(command(folder, args), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while num_images_in(folder) < least and process.poll() is None:
         time.sleep(0.005)
-    if process.poll() is None:
-        time.sleep(pause_s)
+    end = time.monotonic() + pause_s
+    while time.monotonic() < end and num_images_in(folder) < total:
+        time.sleep(0.005)
     if process.poll() is not None:
         raise Refused(f"the run ended with status {process.returncode} before it could be killed")
     kill(process)
