@@ -107,4 +107,5 @@ def watched(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
     from tests.training import watch_run  # imports the whole of train_lora.py
 
     more = ("--max_train_steps", "6", "--caption_dropout", "0.5", "--lora_dropout", "0.1", "--validation_steps", "3")
-    return watch_run(tiny_base, tiny_data, tmp_path_factory.mktemp("watched") / "run", *more, precision="bf16")
+    run = tmp_path_factory.mktemp("watched") / "run"
+    return watch_run(tiny_base, tiny_data, run, *more, precision="bf16", in_full=True)

@@ -18,8 +18,9 @@ from PIL import Image
 
 import train_lora
 from tests.conftest import HANG_S, build_base
+from tests.processes import Processes
 from tests.test_lora import trained
-from tests.training import flags, kill, read, start, train, wait_for_checkpoint, watch_run
+from tests.training import flags, read, train, wait_for_checkpoint, watch_run
 from utils.checkpoint import load_checkpoint
 from utils.diffusion import min_snr_weights
 from utils.export import to_kohya
@@ -179,24 +180,23 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
 
     SIGKILL to real runs; and two processes give the losses of one.
     """
-    logs = {}
-    for processes in (1, 2):
-        more = ["--max_train_steps", "60", "--validation_steps", "20", "--checkpointing_steps", "7",
-                "--train_batch_size", str(4 // processes)]  # fmt: skip
-        runs = {name: tmp_path / f"{name}{processes}" for name in ("unbroken", "killed")}
-        output = tmp_path / "output.txt"
-        assert start(processes, flags(tiny_base, tiny_data, runs["unbroken"], *more), output).wait(HANG_S) == 0, (
-            output.read_text()
-        )
+    logs, output = {}, tmp_path / "output.txt"
+    for num_processes in (1, 2):
+        more = ["--max_train_steps", "40", "--validation_steps", "20", "--checkpointing_steps", "7",
+                "--train_batch_size", str(4 // num_processes)]  # fmt: skip
+        unbroken, killed = (tmp_path / f"{name}{num_processes}" for name in ("unbroken", "killed"))
+        args = flags(tiny_base, tiny_data, unbroken, *more)
+        assert Processes("train_lora.py", args, output, num_processes).wait(HANG_S) == 0, output.read_text()
+        args = flags(tiny_base, tiny_data, killed, *more)
         for _ in range(2):
-            process = start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output)
-            wait_for_checkpoint(process, runs["killed"])
-            time.sleep(random.Random(processes).uniform(0, 0.3))  # in a step, a validation or a write
-            kill(process)
-        assert start(processes, flags(tiny_base, tiny_data, runs["killed"], *more), output).wait(HANG_S) == 0
+            process = Processes("train_lora.py", args, output, num_processes)
+            wait_for_checkpoint(process, killed)
+            time.sleep(random.Random(num_processes).uniform(0, 0.3))  # in a step, a validation or a write
+            process.kill()
+        assert Processes("train_lora.py", args, output, num_processes).wait(HANG_S) == 0, output.read_text()
         for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
-            assert (runs["killed"] / name).read_bytes() == (runs["unbroken"] / name).read_bytes(), name
-        logs[processes] = [row["loss"] for row in read(runs["unbroken"] / "log.jsonl")]
+            assert (killed / name).read_bytes() == (unbroken / name).read_bytes(), name
+        logs[num_processes] = [row["loss"] for row in read(unbroken / "log.jsonl")]
     assert logs[2] == pytest.approx(logs[1], abs=1e-5)
 
 

@@ -1,9 +1,6 @@
 """What generation is used for: augmentation studies, several adapters, films to begin at, data sets, kills, many processes."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +19,10 @@ from PIL import Image
 import generate
 import utils.quality
 from tests.conftest import HANG_S, ROOT, draw_film
+from tests.processes import Processes
 from tests.test_generate import PROMPTS, asking, make, pixels
 from tests.test_lora import trained
-from tests.training import kill, train
+from tests.training import train
 from utils.export import save_kohya
 from utils.files import read_jsonl
 from utils.lora import adapter_state, save_adapter
@@ -311,16 +309,18 @@ def images_of(folder: Path) -> dict[str, bytes]:
 
 def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: Path, tmp_path: Path) -> None:
     """Once in a process that is killed and one that goes on, once by two at a time with the prompts in another order."""
-    base = ["--pretrained_model_name_or_path", str(tiny_base)]
-    whole, two = (start(1, [*base, *COMMAND, "--output_dir", str(tmp_path / "whole")]), start(2, [*base, *COMMAND[2:4], *COMMAND[:2],
-                  *COMMAND[4:], "--output_dir", str(tmp_path / "two")]))  # fmt: skip
-    killed = [*base, *COMMAND, "--output_dir", str(tmp_path / "killed")]
-    process = start(1, killed)
+
+    def start(name: str, command: list[str], num_processes: int = 1) -> Processes:
+        paths = ["--pretrained_model_name_or_path", str(tiny_base), "--output_dir", str(tmp_path / name)]
+        return Processes("generate.py", [*paths, *command], tmp_path / "output.txt", num_processes)
+
+    whole, two = start("whole", COMMAND), start("two", [*COMMAND[2:4], *COMMAND[:2], *COMMAND[4:]], 2)
+    process = start("killed", COMMAND)
     while len(list((tmp_path / "killed").glob("*_?_*.png"))) < 3 and process.poll() is None:
         time.sleep(0.005)
     assert process.poll() is None, "it ended before it could be killed"
-    kill(process)
-    assert [started.wait(HANG_S) for started in (start(1, killed), whole, two)] == [0, 0, 0]
+    process.kill()
+    assert [started.wait(HANG_S) for started in (start("killed", COMMAND), whole, two)] == [0, 0, 0]
     assert len(read_jsonl(tmp_path / "whole" / "images.jsonl")) == 10
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
     several, one = images_of(tmp_path / "two"), images_of(tmp_path / "whole")
@@ -329,15 +329,6 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         assert sorted(several.pop(name).splitlines()) == sorted(one.pop(name).splitlines())
     assert several == one
     assert not list(tmp_path.glob("*/*.tmp"))
-
-
-def start(processes: int, args: list[str]) -> subprocess.Popen:
-    launcher = [sys.executable, "generate.py"]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d",
-                    "--rdzv_endpoint", "localhost:0", "generate.py"]  # fmt: skip
-    environment = {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen([*launcher, *args], cwd=ROOT, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HANG_S
-from tests.training import flags, read, start
+from tests.processes import Processes
+from tests.training import flags, read
 from utils import interrupt
 from utils.checkpoint import checkpoint_steps
 from utils.interrupt import LeaveRequest
@@ -48,7 +49,7 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-SETTINGS = ["--max_train_steps", "100", "--checkpointing_steps", "1000", "--validation_steps", "100",
+SETTINGS = ["--max_train_steps", "60", "--checkpointing_steps", "1000", "--validation_steps", "60",
             "--dataloader_num_workers", "1", "--train_batch_size"]  # fmt: skip
 
 
@@ -56,34 +57,29 @@ SETTINGS = ["--max_train_steps", "100", "--checkpointing_steps", "1000", "--vali
 def unbroken(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """A run that no signal reaches, on one process and on two."""
     folder = tmp_path_factory.mktemp("unbroken")
-    for processes in (1, 2):
-        args = flags(tiny_base, tiny_data, folder / str(processes), *SETTINGS, str(4 // processes))
-        assert start(processes, args, folder / "output.txt").wait(HANG_S) == 0
-    return {processes: folder / str(processes) for processes in (1, 2)}
+    for num_processes in (1, 2):
+        args = flags(tiny_base, tiny_data, folder / str(num_processes), *SETTINGS, str(4 // num_processes))
+        assert Processes("train_lora.py", args, folder / "output.txt", num_processes).wait(HANG_S) == 0
+    return {num_processes: folder / str(num_processes) for num_processes in (1, 2)}
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path, unbroken: dict[int, Path], processes: int, number: int
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, unbroken: dict[int, Path], num_processes: int, number: int
 ) -> None:
     """On two processes only one of them gets the signal, and both leave after the same step."""
     output, run = tmp_path / "output.txt", tmp_path / "run"
-    args = flags(tiny_base, tiny_data, run, *SETTINGS, str(4 // processes))
-    process = start(processes, args, output)
+    args = flags(tiny_base, tiny_data, run, *SETTINGS, str(4 // num_processes))
+    process = Processes("train_lora.py", args, output, num_processes)
     while not (run / "log.jsonl").exists() and process.poll() is None:  # the first 25 steps are done
         time.sleep(0.01)
     assert process.poll() is None
-    if processes == 1:
-        os.killpg(process.pid, number)  # as a terminal does, and a scheduler
-        assert process.wait(HANG_S) == 128 + number
-    else:
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), number)
-        assert process.wait(HANG_S) != 0
+    os.killpg(process.pids[-1], number)  # its data loader's, too, as a terminal does, and a scheduler
+    assert process.wait(HANG_S) == 128 + number
     assert "interrupted; the same command goes on" in output.read_text()
     (step,) = checkpoint_steps(run)
     assert read(run / "log.jsonl")[-1]["step"] == step
-    assert 25 <= step < 100
-    assert start(processes, args, output).wait(HANG_S) == 0
+    assert 25 <= step < 60
+    assert Processes("train_lora.py", args, output, num_processes).wait(HANG_S) == 0
     for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
-        assert (run / name).read_bytes() == (unbroken[processes] / name).read_bytes(), name
+        assert (run / name).read_bytes() == (unbroken[num_processes] / name).read_bytes(), name

@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train_lora
 from tests.conftest import ROOT
+from tests.processes import Processes
+from utils import validation
 from utils.checkpoint import checkpoint_steps
 
 QUICK = [
@@ -33,14 +35,21 @@ def flags(base: Path, data: Path, run: Path, *more: str, precision: str | None =
     return [*map(str, paths), "--cache_dir", str(data.parent / "cache"), *QUICK, *precise, *more]
 
 
-def train(*args, **options) -> int:
-    """Run the script's main as a fresh process would, and return the status it would exit with."""
+def train(*args, in_full: bool = False, **options) -> int:
+    """Run the script's main as a fresh process would, and return the status it would exit with.
+
+    Unless in full, it draws no curves and rebuilds films in few steps, which take most of a run of two steps.
+    """
     threads = torch.get_num_threads()  # a test that acts as a launcher has the script take all cores
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
-        return train_lora.main(train_lora.parse_args(flags(*args, **options)))
+        with pytest.MonkeyPatch.context() as patch:
+            if not in_full:
+                patch.setattr(train_lora, "draw_curves", lambda path, *rows: path.touch())
+                patch.setattr(validation, "NUM_DDIM_STEPS", 4)
+            return train_lora.main(train_lora.parse_args(flags(*args, **options)))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -67,7 +76,7 @@ def start(processes: int, args: list[str], log: Path, cpu: bool = True) -> subpr
     )
 
 
-def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
+def wait_for_checkpoint(process: subprocess.Popen | Processes, run: Path) -> None:
     """Return when a run has one more checkpoint than now, or has ended."""
     steps = checkpoint_steps(run)
     while process.poll() is None and checkpoint_steps(run)[-1:] <= steps[-1:]:
