@@ -41,7 +41,8 @@ install() {
         }
         "$interpreter" -m venv .venv
     fi
-    $python -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
+    # Of 17,000 modules most are never imported: each is compiled when it is
+    $python -m pip install --disable-pip-version-check --no-compile -r requirements.txt -c constraints.txt
     touch .venv/installed
 }
 
