@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,7 +85,7 @@ def test_the_card_of_stable_diffusion_hands_its_licence_on(tmp_path: Path) -> No
     assert "no medical advice" in model_card(config, tmp_path, VALIDATIONS, best_step=10)
 
 
-def test_the_hub_never_gets_a_picture_of_a_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_never_gets_a_picture_of_a_patient() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     there = ["pytorch_lora_weights.safetensors", "README.md", "evaluation/films.png", "evaluation/films.jsonl",
@@ -92,9 +93,8 @@ def test_the_hub_never_gets_a_picture_of_a_patient(tmp_path: Path, monkeypatch: 
     sent = list(filter_repo_objects(there, allow_patterns=hub.UPLOADED))
     assert sent == ["pytorch_lora_weights.safetensors", "README.md", "samples/step-000100.png"]
 
-    def unreachable(*args, **kwargs):
-        raise OSError("no network")
 
-    monkeypatch.setattr(hub.HfApi, "create_repo", unreachable)
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(Refused, match="trained, but not uploaded"):
         hub.push(tmp_path, "name", None)

@@ -1,11 +1,14 @@
-"""Sending an adapter to the Hugging Face hub. No torch."""
+"""The Hugging Face hub: sending an adapter there, and what its library raises where it cannot be reached. No torch."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 from utils.refusal import Refused
+
+# HTTPError is that of the HTTP client which the library is built on, of late another one than ours
+HUB_ERRORS = (HTTPError, OSError, ValueError)
 
 # Named one by one, so that nothing else in the folder, such as a picture with patients' films, ever goes along
 UPLOADED = [
@@ -36,7 +39,7 @@ def push(run_dir: Path, repository: str | None, token: str | None) -> str:
     try:
         repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=UPLOADED)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise Refused(f"trained, but not uploaded ({reason}); type the command again to upload only") from error
     return repo_id

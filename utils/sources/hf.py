@@ -12,6 +12,7 @@ from utils.archives import Archive
 from utils.captions import caption
 from utils.files import write_bytes
 from utils.films import Film, view_named
+from utils.hub import HUB_ERRORS
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import text_of
@@ -104,7 +105,7 @@ def open_split(place: str, split: str, columns: list[str] | None = None) -> "Ite
             with suppress(TypeError, ValueError):
                 return datasets.load_dataset(place, split=split, streaming=True, columns=columns)
         return datasets.load_dataset(place, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*HUB_ERRORS, RuntimeError) as error:
         raise Refused(f"--mirror {place} cannot be read: {error}") from None
 
 
@@ -166,7 +167,7 @@ def license_of(place: str) -> str | None:
 
     try:
         card = dataset_info(place).card_data
-    except OSError:  # the set itself may be at hand all the same
+    except HUB_ERRORS:  # the set itself may be at hand all the same
         return None
     named = card.get("license") if card is not None else None
     return ", ".join(named) if isinstance(named, list) else named
