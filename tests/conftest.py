@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils.quiet  # noqa: F401
+
 import numpy as np
 import pytest
 import torch

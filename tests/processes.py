@@ -34,9 +34,7 @@ class Processes:
     def __init__(self, script: str, args: list[str], output: Path, num_processes: int = 1):
         environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         if num_processes > 1:
-            with socket.create_server(("localhost", 0)) as server:
-                port = str(server.getsockname()[1])
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
             environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
         self._processes = []
         for rank in range(num_processes):
@@ -70,6 +68,12 @@ class Processes:
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
             process.join()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def _run(script: str, args: list[str], output: Path, environment: dict[str, str]) -> None:

@@ -1,26 +1,46 @@
 """Two real processes: they do what one does, and end together, with the reason, when one of them cannot go on."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import HANG_S
-from tests.processes import Processes
+from tests.conftest import HANG_S, ROOT
+from tests.processes import Processes, free_port
 from tests.training import flags, read, start
 
 
-def test_two_processes_encode_train_validate_and_draw_as_one(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+def start_machine(rank: int, port: int, args: list[str], log: Path) -> subprocess.Popen:
+    """Start what launch/multi_node.yaml documents for one of two machines with a GPU each, on loopback and the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/multi_node.yaml",
+               "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port),
+               "--num_processes", "2", "train_lora.py", *args]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    output = open(log, "a")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True)
+
+
+def test_two_machines_encode_train_validate_and_draw_as_one_process(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     """Accumulating, with dropout of captions and sentences; each run over latents that it encodes itself."""
     output = tmp_path / "output.txt"
-    for processes in (1, 2):
+
+    def args(processes: int) -> list[str]:
         more = ["--max_train_steps", "12", "--validation_steps", "6", "--num_validation_images", "2", "--use_ema",
                 "--gradient_accumulation_steps", "2", "--train_batch_size", str(4 // processes), "--caption_dropout", "0.3",
                 "--sentence_dropout", "0.3", "--cache_dir", str(tmp_path / f"cache{processes}")]  # fmt: skip
-        args = flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more)
-        process = Processes("train_lora.py", args, output) if processes == 1 else start(processes, args, output)
-        assert process.wait(HANG_S) == 0, output.read_text()
+        return flags(tiny_base, tiny_data, tmp_path / f"run{processes}", *more)
+
+    assert Processes("train_lora.py", args(1), output).wait(HANG_S) == 0, output.read_text()
+    port = free_port()
+    machines = [start_machine(rank, port, args(2), output) for rank in range(2)]
+    assert [machine.wait(HANG_S) for machine in machines] == [0, 0], output.read_text()
+    assert {row["num_processes"] for row in read(tmp_path / "run2" / "log.jsonl")} == {2}
     one, two = tmp_path / "run1", tmp_path / "run2"
     for log, names, tolerance in (
         ("log.jsonl", ("loss", "lr"), 1e-5),
