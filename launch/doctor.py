@@ -1,0 +1,277 @@
+"""One screen about this machine: what it has, what the scripts will use of it, and what is broken, with the line that mends it.
+
+    python launch/doctor.py              # exit status 1 where something has to be mended first
+    python launch/doctor.py --command    # nothing but the command that trains on this machine: for a cell of a notebook
+
+It starts without any package, so that it can say which ones are missing.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from anywhere
+
+import utils.quiet  # noqa: E402, F401
+
+from utils.refusal import ArgumentParser, Refused, run  # noqa: E402
+
+FILMS_A_STEP = 16  # the same on every card, so that its curve is the same
+OPTIONAL = ("bitsandbytes", "xformers")
+CARD_BYTES = 6e9  # Stable Diffusion 1.5 on the disk, in fp32, and a run's files
+
+
+@dataclass(frozen=True)
+class Card:
+    """A CUDA device: its name, its memory in GiB, and whether it computes in bf16."""
+
+    name: str
+    memory: float
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the screen.
+
+    Attributes:
+        what: it is about.
+        found: what there is.
+        mend: what makes it better, None where all is well.
+        fatal: whether training fails without that.
+    """
+
+    what: str
+    found: str
+    mend: str | None = None
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        mark = "!!" if self.fatal else "--" if self.mend else "ok"
+        return f"{mark}  {self.what:<15} {self.found}" + (f"\n      mend it: {self.mend}" if self.mend else "")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--command", action="store_true", help="print the command that trains here, and nothing else")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.command:
+        print(training_command(find_cards()))
+        return 0
+    print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
+    findings = []
+    for finding in examine():
+        print(finding, flush=True)
+        findings.append(finding)
+    if fatal := [finding.what for finding in findings if finding.fatal]:
+        print(f"\nbroken: {', '.join(fatal)}. Mend it, then run this again.")
+        return 1
+    print(f"\ntrain with: {training_command(find_cards())} --fold 0")
+    return 0
+
+
+def examine() -> Iterator[Finding]:
+    """Yield what there is to say, what others depend on first; what cannot be looked at without it is left out."""
+    packages = list(check_packages((ROOT / "requirements.txt").read_text().splitlines()))
+    yield from packages
+    if any(finding.fatal for finding in packages):
+        return
+    try:
+        import utils.pipeline
+    except Exception as error:  # whatever packages made for one another's older versions raise
+        reason = " ".join(str(error).split())[:200]
+        mend = "pip install --force-reinstall -r requirements.txt -c constraints.txt"
+        if "torchvision" in reason:
+            mend = "pip uninstall -y torchvision  # made for another torch, and not needed here"
+        yield Finding("import", reason, mend, fatal=True)
+        return
+    cards = find_cards()
+    yield from check_cards(cards)
+    yield from check_kernels()
+    yield check_memory()
+    base = utils.pipeline.default_base()
+    hub = check_hub(base)
+    yield hub
+    yield check_disk(ROOT, 0 if base == utils.pipeline.BUNDLED_BASE or "in its cache" in hub.found else CARD_BYTES)
+    yield Finding("base", f"{base}, {'as there is a GPU' if cards else 'without a GPU'}, where you name no other")
+
+
+def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
+    """Hold what is installed against the lines of a requirements file."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Finding("packages", "none of the requirements", "pip install -r requirements.txt", fatal=True)
+        return
+    names = []
+    for line in requirements:
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
+        fatal, mend = wanted.name not in OPTIONAL, f'pip install "{wanted.name}{wanted.specifier}"'
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(wanted.name, f"missing, wanted {wanted.specifier}", mend, fatal)
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            yield Finding(wanted.name, f"{version}, wanted {wanted.specifier}", mend, fatal)
+        elif wanted.name in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+            names.append(f"{wanted.name} {version}")
+    yield Finding("packages", ", ".join(names))
+
+
+def find_cards() -> list[Card]:
+    """Return the CUDA devices that torch can use. Refused where there is no torch."""
+    try:
+        import torch
+    except ImportError as error:
+        raise Refused(f"{error}; install what is needed: pip install -r requirements.txt") from error
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [Card(card.name, card.total_memory / 2**30, card.major >= 8) for card in properties]
+
+
+def check_cards(cards: Sequence[Card]) -> Iterator[Finding]:
+    """Say which cards there are and what is free on them; where there is none, whether there should be one."""
+    import torch
+
+    kind = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    build = f"torch {torch.__version__}, {kind}"
+    for number, card in enumerate(cards):
+        free = torch.cuda.mem_get_info(number)[0] / 2**30
+        found = f"{card.name}, {card.memory:.1f} GiB, {free:.1f} free"
+        taken = free < 0.9 * card.memory
+        mend = "end what else uses it (nvidia-smi lists it), or restart the runtime" if taken else None
+        yield Finding(f"GPU {number}", found, mend)
+    if cards:
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen := driver_sees():
+        if not torch.version.cuda:
+            mend = "a CUDA build of torch: pytorch.org/get-started/locally"
+        elif hidden is not None:
+            mend = f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
+        else:
+            mend = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver's CUDA (nvidia-smi names it)"
+        yield Finding("GPU", f"{seen}, which torch cannot use ({build})", mend, fatal=True)
+    elif "COLAB_RELEASE_TAG" in os.environ:
+        yield Finding("GPU", f"none ({build})", "Runtime > Change runtime type > T4, L4 or A100")
+    else:
+        yield Finding("GPU", f"none ({build}): the bundled base trains in minutes, Stable Diffusion needs one")
+
+
+def driver_sees() -> str | None:
+    """Return the cards that NVIDIA's driver lists, None where there is no driver or no card."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    cards = [line.partition(":")[2].partition("(")[0].strip() for line in listed.stdout.splitlines()]
+    return ", ".join(filter(None, cards)) or None
+
+
+def check_kernels() -> Iterator[Finding]:
+    """Say in which precision training will compute and by which kernels."""
+    import torch
+
+    from utils import hardware
+
+    precision = hardware.choose_mixed_precision(None)
+    why = {"bf16": "this hardware computes in it", "fp16": "accelerate was told so", "no": "no hardware for bf16"}
+    mend = None
+    if torch.cuda.is_available() and precision == "no":
+        mend = "--mixed_precision fp16: this card has no bf16, and fp32 takes twice the time and memory"
+    yield Finding("precision", f"{'fp32' if precision == 'no' else precision} ({why[precision]})", mend)
+    problem = hardware.xformers_problem()
+    yield Finding("attention", f"PyTorch's SDPA; {problem or 'xformers would run, too'}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        has_8bit = hardware.choose_adamw(True, device) is not torch.optim.AdamW
+    yield Finding("8-bit AdamW", "runs, where --use_8bit_adam asks for it" if has_8bit else str(caught[-1].message))
+    problem = hardware.compile_problem(device)
+    yield Finding("torch.compile", f"does not run: {problem}" if problem else "runs, where --compile asks for it")
+
+
+def check_memory() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Finding("CPU", f"{cores} cores, {gib:.0f} GiB", None if gib > 6 else "a machine with 8 GiB or more")
+
+
+def check_disk(folder: Path, needed: float) -> Finding:
+    """Say what is free where data and runs go, against the bytes that a first run needs."""
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:.0f} GB free in {folder}"
+    if free < max(needed, 1e9):
+        return Finding("disk", found, f"make room: a first run needs {max(needed, 1e9) / 1e9:.0f} GB", fatal=True)
+    return Finding("disk", found)
+
+
+def check_hub(base: str) -> Finding:
+    """Say whether the default base can be had from the hub, or is here."""
+    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
+
+    from utils.hub import HUB_ERRORS
+    from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
+
+    account = "a token is there" if get_token() else "no token: hf auth login, for --push_to_hub and gated models"
+    try:
+        HfApi().model_info(STABLE_DIFFUSION, timeout=5)
+    except HUB_ERRORS as error:
+        reason = " ".join(str(error).split())[:120]
+    else:
+        return Finding("hub", f"reached ({account})")
+    if isinstance(try_to_load_from_cache(base, "unet/config.json"), str):
+        return Finding("hub", f"not reached, but {base} is in its cache")
+    found = f"not reached ({reason})"
+    if base == BUNDLED_BASE:
+        return Finding("hub", f"{found}; {base} needs none")
+    return Finding("hub", found, f"go online, or take --pretrained_model_name_or_path {BUNDLED_BASE}", fatal=True)
+
+
+def training_command(cards: Sequence[Card]) -> str:
+    """Return what trains on these cards: as many films at a time as fit, sixteen a step everywhere.
+
+    `tests/benchmarks/RESULTS.md`, *training_cuda*, has the memory that Stable Diffusion 1.5 takes at 512 px: 6.8 GiB with 4
+    films at a time, 11.1 GiB with 8.
+    """
+    launch = "accelerate launch --config_file launch/{}.yaml{} train_lora.py"
+    if not cards:
+        return launch.format("cpu", "")
+    processes = max(count for count in (1, 2, 4, 8, 16) if count <= len(cards))
+    smallest = min(card.memory for card in cards)
+    fitting = next(films for films, gib in ((8, 30), (4, 12), (2, 8), (1, 0)) if smallest >= gib)
+    batch_size = min(fitting, FILMS_A_STEP // processes)
+    bf16 = all(card.bf16 for card in cards)
+    if processes > 1:
+        precision = "" if bf16 else " --mixed_precision fp16"
+        command = launch.format("multi_gpu", f" --num_processes {processes}{precision}")
+    else:
+        command = launch.format("t4" if not bf16 else "a100" if fitting == 8 else "l4", "")
+    command += f" --train_batch_size {batch_size}"
+    if (accumulated := FILMS_A_STEP // (processes * batch_size)) > 1:
+        command += f" --gradient_accumulation_steps {accumulated}"
+    if smallest < 8:
+        command += " --gradient_checkpointing"
+    if processes == 1 and fitting == 8:
+        command += " --cuda_graph"  # of one process, and memory to keep its activations
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_args))

@@ -1,0 +1,138 @@
+"""The doctor: it names what is broken and what mends it, and for every card the command of its preset."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+import train_lora
+from launch import doctor
+from launch.doctor import FILMS_A_STEP, Card, training_command
+from tests.conftest import ROOT
+from utils import hardware
+from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
+from utils.refusal import Refused
+
+T4, L4 = Card("Tesla T4", 14.6, bf16=False), Card("NVIDIA L4", 22.2, bf16=True)
+A100, H100 = Card("NVIDIA A100", 39.4, bf16=True), Card("NVIDIA H100", 79.1, bf16=True)
+OLD, SMALL = Card("GeForce GTX 1070", 7.9, bf16=False), Card("GeForce RTX 3060", 11.7, bf16=True)
+
+
+def understood(command: str) -> tuple:
+    """Return what accelerate and the script make of a command line."""
+    launch = launch_command_parser().parse_args(command.removeprefix("accelerate launch ").split())
+    assert launch.training_script == "train_lora.py"
+    return launch, train_lora.parse_args(launch.training_script_args)
+
+
+@pytest.mark.parametrize(
+    "cards",
+    [[T4], [L4], [A100], [H100], [OLD], [SMALL], [L4] * 2, [T4] * 3, [A100] * 8, [H100] * 24, [T4, L4]],
+)
+def test_every_machine_trains_sixteen_films_a_step(cards: list[Card]) -> None:
+    launch, args = understood(training_command(cards))
+    processes = launch.num_processes or 1
+    assert args.train_batch_size * args.gradient_accumulation_steps * processes == FILMS_A_STEP
+    assert processes <= len(cards)
+    assert not (args.cuda_graph and processes > 1)
+    precision = launch.mixed_precision or load_config_from_file(str(ROOT / launch.config_file)).mixed_precision
+    assert precision == ("bf16" if all(card.bf16 for card in cards) else "fp16")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_is_hardware_and_a_command_that_is_understood(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    (command,) = [line.removeprefix("# ") for line in lines if line.startswith("# accelerate launch")]
+    launch, args = understood(command)
+    assert ROOT / launch.config_file == path
+    assert 4 <= sum(not line.startswith("#") for line in lines) <= 8
+    cards = {"cpu": [], "t4": [T4], "l4": [L4], "a100": [A100], "multi_gpu": [A100] * 4}.get(path.stem)
+    if cards is not None:
+        named, flags = understood(f"{training_command(cards)} --fold 0")
+        assert (named.config_file, named.num_processes, flags) == (launch.config_file, launch.num_processes, args)
+    if path.stem != "cpu":  # without a GPU the base comes with a batch of its own
+        processes = launch.num_processes or load_config_from_file(str(path)).num_processes
+        assert args.train_batch_size * args.gradient_accumulation_steps * processes == FILMS_A_STEP
+
+
+def test_packages_that_are_missing_or_too_old_are_named_with_what_mends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.6.0", "xformers": "0.0.1"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    lines = ["# a comment", "peft>=0.20", "torch>=999  # new", "xformers>=999", 'numpy>=9; sys_platform == "none"']
+    findings = {finding.what: finding for finding in doctor.check_packages(lines)}
+    assert findings["peft"].fatal and findings["peft"].mend == 'pip install "peft>=0.20"'
+    assert findings["torch"].fatal and "2.6.0, wanted >=999" in findings["torch"].found
+    assert findings["xformers"].mend and not findings["xformers"].fatal  # an accelerator is never needed
+    assert "numpy" not in findings
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hidden", "mend"),
+    [
+        (None, None, "a CUDA build of torch"),
+        ("12.8", "", "unset CUDA_VISIBLE_DEVICES"),
+        ("12.8", None, "a driver for CUDA 12.8"),
+    ],
+)
+def test_a_card_that_torch_does_not_see_is_a_fault(cuda, hidden, mend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "driver_sees", lambda: "NVIDIA L4")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    (finding,) = doctor.check_cards([])
+    assert finding.fatal and "NVIDIA L4" in finding.found and finding.mend.startswith(mend)
+
+
+def test_a_card_that_something_else_fills_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (2**30, 22 * 2**30))
+    (finding,) = doctor.check_cards([L4])
+    assert "22.2 GiB, 1.0 free" in finding.found and not finding.fatal and "end what else" in finding.mend
+
+
+def test_without_the_hub_the_bundled_base_still_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert doctor.check_hub(BUNDLED_BASE).mend is None
+    finding = doctor.check_hub(STABLE_DIFFUSION)
+    assert finding.fatal and "not reached" in finding.found and BUNDLED_BASE in finding.mend
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: "/cache/unet/config.json")
+    assert not doctor.check_hub(STABLE_DIFFUSION).fatal
+
+
+def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
+    assert doctor.check_disk(tmp_path, 6e9).fatal
+    assert doctor.check_disk(tmp_path, 0).mend is None
+
+
+def test_the_screen_ends_in_the_command_or_in_what_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "compile_problem", lambda device: None)  # which compiles
+    monkeypatch.setattr(doctor, "check_hub", lambda base: doctor.Finding("hub", "reached"))
+    monkeypatch.setattr(doctor, "find_cards", lambda: [])
+    monkeypatch.setattr(doctor, "driver_sees", lambda: None)
+    assert doctor.main(doctor.parse_args([])) == 0
+    screen = capsys.readouterr().out
+    assert screen.splitlines()[-1] == f"train with: {training_command([])} --fold 0"
+    assert len(screen.splitlines()) < 24
+    assert doctor.main(doctor.parse_args(["--command"])) == 0
+    assert capsys.readouterr().out == training_command([]) + "\n"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(Refused, match="pip install -r requirements.txt"):
+        doctor.main(doctor.parse_args(["--command"]))
+    monkeypatch.setattr(doctor, "check_packages", lambda lines: [doctor.Finding("torch", "missing", "get it", True)])
+    assert doctor.main(doctor.parse_args([])) == 1
+    assert "broken: torch" in capsys.readouterr().out
