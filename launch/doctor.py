@@ -27,7 +27,7 @@ from utils.refusal import ArgumentParser, Refused, run  # noqa: E402
 
 FILMS_A_STEP = 16  # the same on every card, so that its curve is the same
 OPTIONAL = ("bitsandbytes", "xformers")
-CARD_BYTES = 6e9  # Stable Diffusion 1.5 on the disk, in fp32, and a run's files
+BASE_BYTES = 6e9  # Stable Diffusion 1.5 on the disk, in fp32, and a run's files
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ def examine() -> Iterator[Finding]:
     yield from check_kernels()
     yield check_memory()
     base = utils.pipeline.default_base()
-    hub = check_hub(base)
-    yield hub
-    yield check_disk(ROOT, 0 if base == utils.pipeline.BUNDLED_BASE or "in its cache" in hub.found else CARD_BYTES)
+    yield check_hub(base)
+    yield check_disk(ROOT, 0 if is_here(base) else BASE_BYTES)
     yield Finding("base", f"{base}, {'as there is a GPU' if cards else 'without a GPU'}, where you name no other")
 
 
@@ -222,9 +221,18 @@ def check_disk(folder: Path, needed: float) -> Finding:
     return Finding("disk", found)
 
 
+def is_here(base: str) -> bool:
+    """Return whether a base needs no hub: the bundled one, or one that the hub's cache holds."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from utils.pipeline import BUNDLED_BASE
+
+    return base == BUNDLED_BASE or isinstance(try_to_load_from_cache(base, "unet/config.json"), str)
+
+
 def check_hub(base: str) -> Finding:
-    """Say whether the default base can be had from the hub, or is here."""
-    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
+    """Say whether the hub can be reached, and whether the default base needs it."""
+    from huggingface_hub import HfApi, get_token
 
     from utils.hub import HUB_ERRORS
     from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
@@ -236,10 +244,8 @@ def check_hub(base: str) -> Finding:
         reason = " ".join(str(error).split())[:120]
     else:
         return Finding("hub", f"reached ({account})")
-    if isinstance(try_to_load_from_cache(base, "unet/config.json"), str):
-        return Finding("hub", f"not reached, but {base} is in its cache")
     found = f"not reached ({reason})"
-    if base == BUNDLED_BASE:
+    if is_here(base):
         return Finding("hub", f"{found}; {base} needs none")
     return Finding("hub", found, f"go online, or take --pretrained_model_name_or_path {BUNDLED_BASE}", fatal=True)
 

@@ -107,7 +107,13 @@ def test_without_the_hub_the_bundled_base_still_trains(monkeypatch: pytest.Monke
     finding = doctor.check_hub(STABLE_DIFFUSION)
     assert finding.fatal and "not reached" in finding.found and BUNDLED_BASE in finding.mend
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: "/cache/unet/config.json")
-    assert not doctor.check_hub(STABLE_DIFFUSION).fatal
+    assert doctor.check_hub(STABLE_DIFFUSION).mend is None and doctor.is_here(STABLE_DIFFUSION)
+
+
+def test_packages_that_do_not_fit_together_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "utils.pipeline", None)  # its import raises
+    last = list(doctor.examine())[-1]
+    assert last.what == "import" and last.fatal and "requirements.txt" in last.mend
 
 
 def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
