@@ -1,10 +1,12 @@
 """Files are whole or absent, and equal values give equal bytes."""
 
+import errno
+import fcntl
 import hashlib
 
 import pytest
 
-from utils.files import append_jsonl, canonical_json, read_jsonl, sha256_file, write_bytes, write_jsonl
+from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
 
 
 def test_canonical_json_does_not_depend_on_key_order():
@@ -47,3 +49,19 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
     path.write_text('{"a": \n{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_jsonl(path)
+
+
+def test_a_lock_is_held_once_and_missed_with_a_warning_where_there_are_none(tmp_path, monkeypatch):
+    with hold_lock(tmp_path / "lock"):
+        assert hold_lock(tmp_path / "lock") is None
+
+    def flock(file, operation):
+        raise OSError(number, "no luck")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    number = errno.ENOSYS  # a cluster's file system mounted without locks
+    with pytest.warns(UserWarning, match="has no locks"), hold_lock(tmp_path / "lock") as lock:
+        assert lock is not None
+    number = errno.EIO
+    with pytest.raises(OSError, match="no luck"):
+        hold_lock(tmp_path / "lock")

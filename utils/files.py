@@ -1,10 +1,12 @@
 """Files that are either whole or absent: atomic writes, JSON lines, hashes."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -102,7 +104,10 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def hold_lock(path: Path) -> IO | None:
-    """Return an open file that nobody else can hold until it is closed or the process ends, None if somebody does."""
+    """Return an open file that nobody else can hold until it is closed or the process ends, None if somebody does.
+
+    Where the file system has no locks, as some that clusters share, that is said, and nobody is kept off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "w")
     try:
@@ -110,4 +115,11 @@ def hold_lock(path: Path) -> IO | None:
     except BlockingIOError:
         lock.close()
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        warnings.warn(
+            f"{path.parent} has no locks ({error.strerror}): see to it that one command at a time writes there",
+            stacklevel=2,
+        )
     return lock
