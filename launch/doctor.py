@@ -2,12 +2,14 @@
 
     python launch/doctor.py              # exit status 1 where something has to be mended first
     python launch/doctor.py --command    # nothing but the command that trains on this machine: for a cell of a notebook
+    python launch/doctor.py --command --run out/fold2    # the same, in the precision that this run began in
 
 It starts without any package, so that it can say which ones are missing.
 """
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -62,13 +64,17 @@ class Finding:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--command", action="store_true", help="print the command that trains here, and nothing else")
+    add = parser.add_argument
+    add("--command", action="store_true", help="print the command that trains here, and nothing else")
+    add("--no_launcher", action="store_true", help="for one GPU, by python itself: it gets the signals of a scheduler")
+    add("--run", type=Path, help="a run's folder: where it began in another precision, on another card, go on in that")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
+    begun = begun_precision(args.run) if args.run else None
     if args.command:
-        print(training_command(find_cards()))
+        print(training_command(find_cards(), begun, not args.no_launcher))
         return 0
     print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
     findings = []
@@ -78,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     if fatal := [finding.what for finding in findings if finding.fatal]:
         print(f"\nbroken: {', '.join(fatal)}. Mend it, then run this again.")
         return 1
-    print(f"\ntrain with: {training_command(find_cards())} --fold 0")
+    print(f"\ntrain with: {training_command(find_cards(), begun, not args.no_launcher)} --fold 0")
     return 0
 
 
@@ -250,21 +256,39 @@ def check_hub(base: str) -> Finding:
     return Finding("hub", found, f"go online, or take --pretrained_model_name_or_path {BUNDLED_BASE}", fatal=True)
 
 
-def training_command(cards: Sequence[Card]) -> str:
+def begun_precision(run: Path) -> str | None:
+    """Return the precision that a run began in, None where it has not begun. Refused where its record is damaged."""
+    config = run / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["settings"]["mixed_precision"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise Refused(f"{config} is damaged; expected what train_lora.py wrote, so name another --run") from error
+
+
+def training_command(cards: Sequence[Card], begun: str | None = None, launcher: bool = True) -> str:
     """Return what trains on these cards: as many films at a time as fit, sixteen a step everywhere.
+
+    Args:
+        begun: the precision of the run that is to go on, which is part of what it learns: a card of another kind keeps it.
+        launcher: whether accelerate starts it; else python, on the first card.
 
     `tests/benchmarks/RESULTS.md`, *training_cuda*, has the memory that Stable Diffusion 1.5 takes at 512 px: 6.8 GiB with 4
     films at a time, 11.1 GiB with 8.
     """
     launch = "accelerate launch --config_file launch/{}.yaml{} train_lora.py"
+    kept = f" --mixed_precision {begun}" if begun else ""
     if not cards:
-        return launch.format("cpu", "")
-    processes = max(count for count in (1, 2, 4, 8, 16) if count <= len(cards))
+        return (launch.format("cpu", "") if launcher else "python train_lora.py") + kept
+    processes = max(count for count in (1, 2, 4, 8, 16) if count <= len(cards)) if launcher else 1
     smallest = min(card.memory for card in cards)
     fitting = next(films for films, gib in ((8, 30), (4, 12), (2, 8), (1, 0)) if smallest >= gib)
     batch_size = min(fitting, FILMS_A_STEP // processes)
     bf16 = all(card.bf16 for card in cards)
-    if processes > 1:
+    if not launcher:
+        command = "python train_lora.py" + ("" if bf16 or begun else " --mixed_precision fp16")
+    elif processes > 1:
         precision = "" if bf16 else " --mixed_precision fp16"
         command = launch.format("multi_gpu", f" --num_processes {processes}{precision}")
     else:
@@ -276,7 +300,7 @@ def training_command(cards: Sequence[Card]) -> str:
         command += " --gradient_checkpointing"
     if processes == 1 and fitting == 8:
         command += " --cuda_graph"  # of one process, and memory to keep its activations
-    return command
+    return command + kept
 
 
 if __name__ == "__main__":

@@ -44,6 +44,28 @@ def test_every_machine_trains_sixteen_films_a_step(cards: list[Card]) -> None:
     assert precision == ("bf16" if all(card.bf16 for card in cards) else "fp16")
 
 
+@pytest.mark.parametrize(("cards", "precision"), [([], None), ([T4], "fp16"), ([L4], None), ([A100] * 4, None)])
+def test_without_a_launcher_one_card_trains_the_same(cards: list[Card], precision: str | None) -> None:
+    python, script, *flags = training_command(cards, launcher=False).split()
+    args = train_lora.parse_args(flags)
+    assert (python, script, args.mixed_precision) == ("python", "train_lora.py", precision)
+    assert args.train_batch_size * args.gradient_accumulation_steps == FILMS_A_STEP
+    assert training_command(cards, "bf16", launcher=False).count("--mixed_precision") == 1
+
+
+def test_a_run_goes_on_in_its_precision_on_a_card_of_another_kind(tmp_path: Path) -> None:
+    args = ["--command", "--run", str(tmp_path)]
+    assert doctor.begun_precision(doctor.parse_args(args).run) is None
+    (tmp_path / "config.json").write_text('{"settings": {"mixed_precision": "fp16"}}')
+    begun = doctor.begun_precision(tmp_path)
+    for cards in ([], [L4], [A100] * 2):
+        _, there = understood(training_command(cards, begun))
+        assert there.mixed_precision == "fp16"
+    (tmp_path / "config.json").write_text('{"settings": []}')
+    with pytest.raises(Refused, match="damaged"):
+        doctor.begun_precision(tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_preset_is_hardware_and_a_command_that_is_understood(path: Path) -> None:
     lines = path.read_text().splitlines()
