@@ -1,0 +1,96 @@
+"""The job scripts for Slurm, with stubs in place of its commands and of python: what is queued again, and what is left as it is."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.doctor import FILMS_A_STEP
+from tests.conftest import HANG_S, ROOT
+
+# What is called lands in calls.txt, a line each
+STUBS = {
+    "python": """case "$*" in
+        *doctor.py*) echo "python train_lora.py --train_batch_size 8" ;;
+        train_lora.py*) mkdir -p out/fold3 && touch -a out/fold3/pytorch_lora_weights.safetensors; exit ${TRAINING:-0} ;;
+        evaluate.py*) mkdir -p out/fold3/evaluation && touch out/fold3/evaluation/metrics.json ;;
+    esac""",
+    "accelerate": """touch started; until [ -e told ] || [ -z "${WAITS:-}" ]; do sleep 0.05; done; exit ${TRAINING:-0}""",
+    "srun": """[ "$1" != --kill-on-bad-exit=1 ] || shift
+        for SLURM_NODEID in $(seq 0 $((${SLURM_JOB_NUM_NODES:-1} - 1))); do export SLURM_NODEID; "$@" || exit; done""",
+    "scontrol": """[ "$1" != requeue ] || kill $PPID; [ "$1" != show ] || printf 'node1\\nnode2\\n'""",
+    "scancel": "touch told",
+}
+JOB = {"SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+TASK = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in STUBS.items():
+        (programs / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>calls.txt\n{text}\n')
+        (programs / name).chmod(0o755)
+    return tmp_path
+
+
+def submit(checkout: Path, script: str, *flags: str, **environment: str) -> subprocess.Popen:
+    command = ["bash", f"launch/{script}", *flags]
+    return subprocess.Popen(command, cwd=checkout, env=os.environ | environment)
+
+
+def calls(checkout: Path, *programs: str) -> list[str]:
+    lines = (checkout / "calls.txt").read_text().splitlines()
+    return [line for line in lines if line.split()[0] in programs and "doctor.py" not in line]
+
+
+def test_a_fold_is_trained_and_evaluated_and_not_again(checkout: Path) -> None:
+    assert submit(checkout, "cross_validate.slurm", "--rank", "4", EVALUATE="--max_films 9", **TASK).wait(HANG_S) == 0
+    train, evaluate = calls(checkout, "python")
+    assert train == (
+        "python train_lora.py --train_batch_size 8 --fold 3 --train_data_dir data --output_dir out/fold3 --rank 4"
+    )
+    assert evaluate == "python evaluate.py --lora out/fold3 --max_films 9"
+    assert submit(checkout, "cross_validate.slurm", **TASK).wait(HANG_S) == 0
+    assert len(calls(checkout, "python")) == 3, "evaluated again, though the adapter is the same"
+
+
+def test_a_fold_that_is_told_to_leave_is_queued_again_alone(checkout: Path) -> None:
+    assert submit(checkout, "cross_validate.slurm", TRAINING="143", **TASK).wait(HANG_S) != 0
+    assert calls(checkout, "scontrol") == ["scontrol requeue 70_3"], "70 is the whole array, too"
+    assert not any("evaluate.py" in line for line in calls(checkout, "python"))
+
+
+def test_a_fold_that_fails_is_not_queued_again(checkout: Path) -> None:
+    assert submit(checkout, "cross_validate.slurm", TRAINING="2", **TASK).wait(HANG_S) == 2
+    assert calls(checkout, "scontrol") == []
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_machines_are_started_as_their_preset_says(checkout: Path, status: int) -> None:
+    job = submit(checkout, "multi_node.slurm", "--fold", "2", TRAINING=str(status), **JOB)
+    assert job.wait(HANG_S) == status
+    started = calls(checkout, "accelerate")
+    assert started == [
+        f"accelerate launch --config_file launch/multi_node.yaml --num_machines 2 --machine_rank {rank} "
+        f"--main_process_ip node1 --num_processes 8 train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
+        for rank in range(1 if status else 2)
+    ]
+    assert not any("requeue" in line for line in calls(checkout, "scontrol"))
+
+
+def test_machines_that_are_told_to_leave_save_and_are_queued_again(checkout: Path) -> None:
+    job = submit(checkout, "multi_node.slurm", WAITS="1", TRAINING="1", **JOB)
+    while not (checkout / "started").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(HANG_S) != 0
+    assert calls(checkout, "scancel") == ["scancel --signal=TERM 70"]  # to the steps, not to the script
+    assert calls(checkout, "scontrol")[-1] == "scontrol requeue 70"
