@@ -57,8 +57,10 @@ def test_a_fold_is_trained_and_evaluated_and_not_again(checkout: Path) -> None:
         "python train_lora.py --train_batch_size 8 --fold 3 --train_data_dir data --output_dir out/fold3 --rank 4"
     )
     assert evaluate == "python evaluate.py --lora out/fold3 --max_films 9"
+    assert submit(checkout, "cross_validate.slurm", EVALUATE="--max_films 9", **TASK).wait(HANG_S) == 0
+    assert len(calls(checkout, "python")) == 3, "evaluated again, though adapter and flags are the same"
     assert submit(checkout, "cross_validate.slurm", **TASK).wait(HANG_S) == 0
-    assert len(calls(checkout, "python")) == 3, "evaluated again, though the adapter is the same"
+    assert calls(checkout, "python")[-1] == "python evaluate.py --lora out/fold3"
 
 
 def test_a_fold_that_is_told_to_leave_is_queued_again_alone(checkout: Path) -> None:
@@ -79,18 +81,24 @@ def test_machines_are_started_as_their_preset_says(checkout: Path, status: int) 
     started = calls(checkout, "accelerate")
     assert started == [
         f"accelerate launch --config_file launch/multi_node.yaml --num_machines 2 --machine_rank {rank} "
-        f"--main_process_ip node1 --num_processes 8 train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
+        f"--main_process_ip node1 --num_processes 8 --main_process_port 20070 train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
         for rank in range(1 if status else 2)
     ]
     assert not any("requeue" in line for line in calls(checkout, "scontrol"))
 
 
-def test_machines_that_are_told_to_leave_save_and_are_queued_again(checkout: Path) -> None:
-    job = submit(checkout, "multi_node.slurm", WAITS="1", TRAINING="1", **JOB)
+@pytest.mark.parametrize("status", [0, 1])
+def test_machines_whose_time_is_up_are_queued_again_unless_they_are_done(checkout: Path, status: int) -> None:
+    job = submit(checkout, "multi_node.slurm", WAITS="1", TRAINING=str(status), **JOB)
     while not (checkout / "started").exists():
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(HANG_S) != 0
+    job.send_signal(signal.SIGUSR1)
+    assert bool(job.wait(HANG_S)) == bool(status)
     assert calls(checkout, "scancel") == ["scancel --signal=TERM 70"]  # to the steps, not to the script
-    assert calls(checkout, "scontrol")[-1] == "scontrol requeue 70"
+    assert ("scontrol requeue 70" in calls(checkout, "scontrol")) == bool(status)
+
+
+def test_gpus_that_sixteen_films_cannot_be_dealt_out_to_are_refused(checkout: Path) -> None:
+    assert submit(checkout, "multi_node.slurm", **JOB | {"SLURM_GPUS_ON_NODE": "3"}).wait(HANG_S) == 2
+    assert calls(checkout, "accelerate") == []
