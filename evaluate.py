@@ -95,7 +95,7 @@ from utils.findings import (
     single_findings,
 )
 from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of
-from utils.hardware import choose_mixed_precision, keep_freed_memory, use_all_cores
+from utils.hardware import choose_mixed_precision, explain_out_of_memory, keep_freed_memory, use_all_cores
 from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
@@ -193,7 +193,8 @@ def main(args: argparse.Namespace) -> None:
     if args.num_prompted < 0:
         raise Refused(f"--num_prompted {args.num_prompted}; expected 0 or more")
     if args.lora is not None:
-        evaluate_fold(args)
+        with explain_out_of_memory("evaluating", "lower --batch_size"):
+            evaluate_fold(args)
     else:
         output_dir = args.output_dir or args.cross_validation / "cross_validation"
         cross_validate(args.cross_validation, output_dir, args.seed, args.against)
@@ -225,7 +226,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         use_all_cores()
         keep_freed_memory()
-        base.vae.enable_slicing()  # film by film: what the decoder computes then stays in the processor's cache
+    if device.type == "cpu" or config["resolution"] >= 512:
+        base.vae.enable_slicing()  # film by film, which stays in a processor's cache, or takes a fraction of the memory
     base = with_schedule(base, settings["prediction_type"], settings.get("rescale_betas_zero_snr", False))
     pipeline = assemble(base)
     put_on_adapter(pipeline, adapter)
