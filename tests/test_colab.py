@@ -33,9 +33,12 @@ if not adapter.exists():
     adapter.parent.mkdir()
     shutil.copy(PICTURE, "out/fold0/curves.png")
     adapter.touch()
+    Path("out/fold0/config.json").write_text('{"settings": {"mixed_precision": "fp16"}}')
     work("training")
 """,
     "generate.py": """
+if "--mixed_precision fp16" not in " ".join(sys.argv):
+    sys.exit(2)
 if not Path("images/contact_sheet.png").exists():
     shutil.copy(PICTURE, "images/contact_sheet.png")
     work("images")
@@ -146,7 +149,8 @@ def test_whatever_cell_it_is_cut_off_behind_nothing_is_done_twice(settings: dict
 def test_a_cell_that_fails_says_why_and_stops_those_below(settings: dict[str, str], tmp_path: Path) -> None:
     opened, home = notebook(**settings), tmp_path / "home"
     home.mkdir()
-    (home / "films.tar").touch()
+    for name in ("films.tar", "dataset.json"):
+        (home / name).touch()
     (home / "films.txt").write_text("--source nih")
     with kernel(opened, tmp_path / "machine") as client:
         *cells, films, training, _, _ = code(opened)
@@ -155,6 +159,12 @@ def test_a_cell_that_fails_says_why_and_stops_those_below(settings: dict[str, st
         for (place, cell), reason in ((films, "holds the films of --source nih"), (training, "ended with status 2")):
             with pytest.raises(CellExecutionError, match=reason):
                 client.execute_cell(cell, place)
+        (home / "films.txt").write_text("--source demo")
+        data = tmp_path / "machine" / "checkout" / "data"  # left by another HOME
+        data.mkdir()
+        (data / "dataset.json").write_text("others")
+        with pytest.raises(CellExecutionError, match="data/ holds other films than HOME"):
+            client.execute_cell(films[1], films[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the doctor wants the hub, which tests do without")
@@ -162,8 +172,10 @@ def test_it_makes_films_and_figures_from_top_to_bottom(tmp_path: Path) -> None:
     folder, home = tmp_path / "machine", tmp_path / "home"
     opened = notebook(
         HOME=str(home),
-        FILMS="--source demo --limit 60",
-        TRAINING="--resolution 64 --max_train_steps 2 --max_validation_samples 4 --num_validation_images 1 --rank 2",
+        FILMS="--source demo --limit 45",
+        TRAINING="--resolution 64 --max_train_steps 2 --validation_steps 2 --max_validation_samples 2 --rank 2 "
+        "--train_batch_size 4 --num_validation_images 0",
+        PROMPTS=["Chest radiograph of a child."],
         SAMPLING="--num_images 1 --num_inference_steps 2",
         EVALUATION="--max_films 4 --num_inference_steps 2 --num_prompted 0",
     )
