@@ -81,7 +81,8 @@ def test_machines_are_started_as_their_preset_says(checkout: Path, status: int) 
     started = calls(checkout, "accelerate")
     assert started == [
         f"accelerate launch --config_file launch/multi_node.yaml --num_machines 2 --machine_rank {rank} "
-        f"--main_process_ip node1 --num_processes 8 --main_process_port 20070 train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
+        f"--main_process_ip node1 --num_processes 8 --main_process_port 20070 "
+        f"train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
         for rank in range(1 if status else 2)
     ]
     assert not any("requeue" in line for line in calls(checkout, "scontrol"))
