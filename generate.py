@@ -141,7 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("quality control").add_argument
     add("--reference", type=Path, metavar="DATA",
-        help="imagefolder of real films: flag images that are far from all of them")  # fmt: skip
+        help="imagefolder of real films: flag images that are far from all of them, a fold that --lora held out aside")  # fmt: skip
     add("--reject", type=int, default=0, metavar="TIMES",
         help="draw a flagged image anew, from other noise, so often [0]")  # fmt: skip
 
@@ -229,8 +229,8 @@ def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     return [Prompt(row["text"], labels=labels_of(row) | {"held_out": True}) for row in held_out]
 
 
-def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[dict], dict, dict[str, Path]]:
-    """Return files, tensors and the common header of the adapters, {} where other tools wrote them all, and decoders by hash.
+def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict, dict]], dict, dict[str, Path]]:
+    """Return files of adapters, tensors and header of each, a header for all, {} where other tools wrote them, and decoders by hash.
 
     Raises:
         Refused: for adapters of different bases or resolutions, or each with a decoder of its own.
@@ -247,7 +247,7 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[dict], dic
     if len(decoders) > 1:
         listed = " and ".join(map(str, decoders.values()))
         raise Refused(f"each adapter has a decoder of its own beside it ({listed}); add --no_vae_decoder")
-    return files, [state for state, _ in adapters], next((header for _, header in adapters if header), {}), decoders
+    return files, adapters, next((header for _, header in adapters if header), {}), decoders
 
 
 def load_model(
@@ -276,7 +276,7 @@ def load_model(
 
     pipeline = assemble(base, args.scheduler)
     try:
-        merge_adapters(pipeline, list(zip(adapters, scales, strict=True)))
+        merge_adapters(pipeline, [(state, scale) for (state, _), scale in zip(adapters, scales, strict=True)])
     except Refused as refusal:
         if header.get("base", base_name) == base_name:
             raise
@@ -307,7 +307,7 @@ def load_model(
     accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")
     for path in decoders.values():
         accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
-    quality = QualityControl(args.reference, resolution, accelerator.device)
+    quality = QualityControl(args.reference, resolution, accelerator.device, [header for _, header in adapters])
     described = {
         "base": base_name, "base_revision": revision, "base_variant": variant,
         "adapters": [

@@ -15,12 +15,14 @@ from utils.folds import (
     draw_patients,
     find_duplicates,
     group_of,
+    held_out_of,
     merge_groups,
     patient_of,
     shuffle_captions,
     split_fold,
     with_folds,
 )
+from utils.metadata import dataset_hash
 from utils.refusal import Refused
 
 
@@ -276,3 +278,14 @@ def test_shuffled_captions_are_the_same_captions_on_other_films() -> None:
     assert sorted(row["text"] for row in shuffled) == sorted(row["text"] for row in rows)
     assert sum(row["text"] == other["text"] for row, other in zip(rows, shuffled, strict=True)) < 5
     assert shuffled == shuffle_captions(rows, seed=0) != shuffle_captions(rows, seed=1)
+
+
+@pytest.mark.parametrize("group_by", ["patient_id", "image"])
+def test_an_adapters_fold_is_known_in_the_set_that_it_was_trained_on_and_in_no_other(group_by: str) -> None:
+    rows = made_up_rows()
+    dealt = with_folds(rows, group_by=group_by)
+    header = {"fold": 2, "data_hash": dataset_hash(dealt), "settings": {"group_by": group_by}}
+    assert held_out_of(rows, header) == {row["file_name"] for row in dealt if row["fold"] == 2}
+    assert held_out_of(rows[1:], header) == set()
+    assert held_out_of([row | {"patient_id": None} for row in rows], header) == set()
+    assert held_out_of(rows, {}) == set()

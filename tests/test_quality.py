@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import ROOT
+from utils.folds import with_folds
 from utils.images import load_film
+from utils.metadata import dataset_hash, read_metadata
 from utils.quality import QualityControl, nearest_of_others
 from utils.refusal import Refused
 
@@ -72,6 +74,14 @@ def test_few_films_of_unknown_patients_are_called_strange(tmp_path: Path) -> Non
     assert len(reference.real) == 180
     flagged = sum("far from real films" in reference.flags(picture(film)) for film in demo_films(120, first=180))
     assert flagged <= 6  # 1.2 are expected
+
+
+def test_films_that_an_adapter_held_out_are_not_in_the_reference() -> None:
+    rows = with_folds(read_metadata(DEMO))
+    header = {"fold": 1, "data_hash": dataset_hash(rows), "settings": {"group_by": "patient_id"}}
+    reference = QualityControl(DEMO, 128, torch.device("cpu"), [{}, header])
+    assert len(reference.real) == sum(row["fold"] != 1 for row in rows) < len(rows)
+    assert reference.reference_sha256 != dataset_hash(rows)
 
 
 def test_the_nearest_film_of_the_same_patient_does_not_count() -> None:

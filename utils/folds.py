@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from utils.metadata import dataset_hash
 from utils.refusal import Refused
 from utils.seeding import derive_seed
 
@@ -243,6 +244,24 @@ def split_fold(
     training = [row for row in outside if group_of(row, group_by) not in chosen]
     validation = [row for row in outside if group_of(row, group_by) in chosen]
     return training, validation, held_out
+
+
+def held_out_of(rows: Sequence[dict], header: dict) -> set[str]:
+    """Return the names of the films that an adapter's fold holds out, none where it was not trained on this set.
+
+    Args:
+        rows: of `metadata.read_metadata`.
+        header: of the adapter file; of other tools' adapters it is empty.
+    """
+    if "data_hash" not in header:
+        return set()
+    group_by = header["settings"]["group_by"]
+    if group_by == "patient_id" and any(row["patient_id"] is None for row in rows):
+        return set()  # it cannot have been trained on these
+    dealt = with_folds(rows, group_by=group_by)
+    if dataset_hash(dealt) != header["data_hash"]:
+        return set()
+    return {row["file_name"] for row in dealt if row["fold"] == header["fold"]}
 
 
 def patient_of(row: dict) -> str:

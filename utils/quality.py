@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from utils.distances import nearest_neighbours
 from utils.encoders import bundled_space, measure_films
-from utils.folds import draw_most_patients, patient_of
+from utils.folds import draw_most_patients, held_out_of, patient_of
 from utils.images import grey_levels
 from utils.latents import FilmDataset
 from utils.metadata import dataset_hash, read_metadata
@@ -30,7 +30,7 @@ class QualityControl:
         reference_sha256: of the real films that pictures are compared with, None without any.
     """
 
-    def __init__(self, reference: Path | None, resolution: int, device: torch.device):
+    def __init__(self, reference: Path | None, resolution: int, device: torch.device, adapters: Sequence[dict] = ()):
         """Measure the reference.
 
         Args:
@@ -38,11 +38,15 @@ class QualityControl:
                 not asked how near they are to real ones.
             resolution: of the pictures.
             device: where features are computed.
+            adapters: headers of those that draw. Of the set that one was trained on, its held-out fold is left out: images
+                must not be chosen by films that what is trained on them may be tested on.
         """
         self.reference_sha256 = None
         if reference is None:
             return
         rows = read_metadata(reference)
+        held_out = set().union(*(held_out_of(rows, header) for header in adapters))
+        rows = [row for row in rows if row["file_name"] not in held_out]
         self.reference_sha256 = dataset_hash(rows)
         rows = draw_most_patients(rows, MOST_REFERENCE_FILMS, seed=0)
         patients = list(map(patient_of, rows))
