@@ -182,7 +182,7 @@ def test_b11_killed_at_any_instant_one_process_or_two_end_in_the_same_bytes(
     """
     logs, output = {}, tmp_path / "output.txt"
     for num_processes in (1, 2):
-        more = ["--max_train_steps", "40", "--validation_steps", "20", "--checkpointing_steps", "7",
+        more = ["--max_train_steps", "24", "--validation_steps", "12", "--checkpointing_steps", "5",
                 "--train_batch_size", str(4 // num_processes)]  # fmt: skip
         unbroken, killed = (tmp_path / f"{name}{num_processes}" for name in ("unbroken", "killed"))
         args = flags(tiny_base, tiny_data, unbroken, *more)

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 import evaluate
 from tests.conftest import build_data
 from tests.training import train
+from utils import validation
 from utils.decoder import decoder_state
 from utils.encoders import FilmSpace
 from utils.files import sha256_file
@@ -24,6 +26,14 @@ from utils.pipeline import load_base
 from utils.refusal import Refused
 from utils.release import DECODER_NAME
 from utils.validation import eval_mode, film_bank, score_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    """Films are rebuilt in fewer steps, which take a third of an evaluation of eight films."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "NUM_DDIM_STEPS", 4)
+        yield
 
 
 def measure(*args) -> None:
@@ -280,6 +290,23 @@ def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Pat
         measure("--cross_validation", out)
 
 
+def test_another_feature_space_is_named_with_its_figures(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halves(films: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = films.float().flatten(1)[:, ::64]
+        return features, features
+
+    monkeypatch.setitem(evaluate.SPACES, "xrv", lambda device: FilmSpace("xrv", "every 64th pixel", halves))
+    more = ("--features", "xrv", "--num_inference_steps", "1", "--output_dir", tmp_path)
+    measure("--lora", runs / "fold0", *more)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["features"] == metrics["distribution"]["encoder"] == "xrv"
+    assert metrics["distribution"]["features"] == 64
+    assert metrics["distribution"]["generated"]["frechet"] is None, "8 films cannot carry 64 numbers"
+    assert "every 64th pixel" in (tmp_path / "report.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def read_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluated folds of enough patients for findings to be read."""
@@ -347,28 +374,12 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
     assert "as many real films" in page
 
 
-def test_another_feature_space_is_named_with_its_figures(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def halves(films: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = films.float().flatten(1)[:, ::64]
-        return features, features
-
-    monkeypatch.setitem(evaluate.SPACES, "xrv", lambda device: FilmSpace("xrv", "every 64th pixel", halves))
-    more = ("--features", "xrv", "--num_inference_steps", "1", "--output_dir", tmp_path)
-    measure("--lora", runs / "fold0", *more)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["features"] == metrics["distribution"]["encoder"] == "xrv"
-    assert metrics["distribution"]["features"] == 64
-    assert metrics["distribution"]["generated"]["frechet"] is None, "8 films cannot carry 64 numbers"
-    assert "every 64th pixel" in (tmp_path / "report.html").read_text()
-
-
-def test_other_data_than_trained_on_is_refused(runs: Path, own_data: Path) -> None:
+def test_other_data_than_trained_on_is_refused(tiny_base: Path, own_data: Path, tmp_path: Path) -> None:
+    train(tiny_base, own_data, tmp_path / "run", "--max_train_steps", "1")
     table = own_data / "metadata.jsonl"
     table.write_text(table.read_text().replace("Pneumonia", "Normal"))
     with pytest.raises(Refused, match="not the data"):
-        measure("--lora", runs / "fold0", "--train_data_dir", own_data)
+        measure("--lora", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

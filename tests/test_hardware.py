@@ -100,7 +100,7 @@ def count_page_faults(counts: SimpleQueue) -> None:
     unlike = faults()
     hardware.keep_freed_memory()
     faults()
-    counts.put((unlike, faults()))
+    counts.put((unlike, min(faults() for _ in range(5))))  # a system short of memory takes pages away meanwhile
 
 
 def test_optional_accelerators_are_not_needed_to_start() -> None:

@@ -49,7 +49,7 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-SETTINGS = ["--max_train_steps", "60", "--checkpointing_steps", "1000", "--validation_steps", "60",
+SETTINGS = ["--max_train_steps", "40", "--checkpointing_steps", "1000", "--validation_steps", "40",
             "--dataloader_num_workers", "1", "--train_batch_size"]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def unbroken(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPath
     return {num_processes: folder / str(num_processes) for num_processes in (1, 2)}
 
 
-@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, unbroken: dict[int, Path], num_processes: int, number: int
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(
     assert "interrupted; the same command goes on" in output.read_text()
     (step,) = checkpoint_steps(run)
     assert read(run / "log.jsonl")[-1]["step"] == step
-    assert 25 <= step < 60
+    assert 25 <= step < 40
     assert Processes("train_lora.py", args, output, num_processes).wait(HANG_S) == 0
     for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
         assert (run / name).read_bytes() == (unbroken[num_processes] / name).read_bytes(), name

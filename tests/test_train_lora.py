@@ -150,12 +150,19 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         assert {torch.uint8, torch.float32} == set(moments)
 
 
-@pytest.mark.parametrize("more", [("--train_text_encoder_frac", "0.5"), ("--gradient_checkpointing",)])
 def test_compiled_blocks_learn_what_plain_ones_do(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced whole, with the compiler's slow last stage left out; a second time where the text encoder stops."""
-    more = ("--max_train_steps", "4", "--validation_steps", "2", *more)
+    more = (
+        "--max_train_steps",
+        "4",
+        "--validation_steps",
+        "2",
+        "--train_text_encoder_frac",
+        "0.5",
+        "--gradient_checkpointing",
+    )
     compiled, compile_module = [], torch.nn.Module.compile
 
     def trace(module: torch.nn.Module, **options) -> None:
@@ -463,7 +470,7 @@ def test_an_adapter_that_its_file_does_not_give_back_is_an_error(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("--max_train_steps", "2", "--lora_alpha", "8", "--export", "kohya")
-    train(tiny_base, tiny_data, tmp_path / "sound", *more)
+    train(tiny_base, tiny_data, tmp_path / "sound", *more, in_full=True)
     assert load_file(tmp_path / "sound" / KOHYA_NAME)
 
     def without_alpha(state):
@@ -476,7 +483,7 @@ def test_an_adapter_that_its_file_does_not_give_back_is_an_error(
     for name, function in wrong.items():
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="does not give the trained model back"):
             patch.setattr(train_lora, name, function)
-            train(tiny_base, tiny_data, tmp_path / name, *more)
+            train(tiny_base, tiny_data, tmp_path / name, *more, in_full=True)
 
 
 def test_what_out_of_memory_advises_does_not_refuse_the_resume(
