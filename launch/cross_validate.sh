@@ -3,8 +3,8 @@
 #
 # With several GPUs as many folds train at a time, each on its own. After a break run it again: a fold that was cut off
 # goes on, one that is done is left as it is. From the environment, with what they are otherwise:
-#   OUT=out  DATA=data  FOLDS="0 1 2 3 4" (as download.py makes them)  CONFIG= (of accelerate, such as launch/a100.yaml)
-#   EVALUATE= (flags of evaluate.py, such as "--num_inference_steps 12")  PYTHON= (.venv's, else python)
+#   OUT=out  DATA=data  FOLDS="0 1 2 3 4" (as download.py makes them)  PYTHON= (.venv's, else python)
+#   EVALUATE= (flags of evaluate.py, such as "--num_inference_steps 12")
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out} data=${DATA:-data} folds=(${FOLDS:-0 1 2 3 4})
@@ -15,11 +15,12 @@ esac
 python=${PYTHON:-python}
 [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 
-# fold K FLAGS...: train it, and evaluate it unless that was done since, with the same flags
+# fold K FLAGS...: train it with the preset of its card, and evaluate it unless that was done since, with the same flags
 fold() {
-    local run=$out/fold$1 flags=$out/fold$1/evaluate_flags.txt
-    $python -m accelerate.commands.launch ${CONFIG:+--config_file "$CONFIG"} train_lora.py --fold "$1" \
-        --train_data_dir "$data" --output_dir "$run" "${@:2}" || return
+    local run=$out/fold$1 flags=$out/fold$1/evaluate_flags.txt command train
+    command=$($python launch/doctor.py --command --no_launcher --run "$run") || return
+    read -ra train <<<"$command"
+    $python "${train[@]:1}" --fold "$1" --train_data_dir "$data" --output_dir "$run" "${@:2}" || return
     if [ ! -e "$run/evaluation/metrics.json" ] || [ "$run/pytorch_lora_weights.safetensors" -nt "$run/evaluation/metrics.json" ] ||
         [ "$(cat "$flags" 2>/dev/null)" != "${EVALUATE:-}" ]; then
         $python evaluate.py --lora "$run" ${EVALUATE:-} || return

@@ -39,7 +39,7 @@ radiograph of a child. Right pneumothorax."</code></li>
 <code>.venv/bin/python train_lora.py --fold 0</code>, <code>generate.py</code> and <code>evaluate.py</code> work on
 <code>data/</code> as they did here on <code>out/quickstart/data/</code>. The README tells what each takes and writes.</li>
 <li><b>A GPU</b>: with CUDA the base is Stable Diffusion 1.5 at 512 px, from the hub:
-<code>.venv/bin/accelerate launch --config_file launch/l4.yaml train_lora.py --fold 0</code>.</li>
+<code>.venv/bin/python launch/doctor.py</code> ends with the command that trains it on your card.</li>
 <li><b>All five folds</b>: <code>bash launch/cross_validate.sh</code> trains and evaluates each and puts them into one table: every
 patient scored by a model that never saw him or her.</li>
 </ul>"""
