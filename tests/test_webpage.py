@@ -30,6 +30,7 @@ def test_adapters_are_found_by_run_by_folder_of_runs_and_by_file(tmp_path: Path)
     assert list(find_adapters([out / "fold0"]).values()) == [out / "fold0"]
     assert list(find_adapters([out / "fold0" / WEIGHTS_NAME]).values()) == [out / "fold0" / WEIGHTS_NAME]
     assert find_adapters([tmp_path / "nowhere"]) == {}
+    assert list(find_adapters([tmp_path]).values()) == [out / "fold0", out / "fold1"], "also of runs a folder below"
 
 
 def test_without_gradio_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

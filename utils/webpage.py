@@ -38,7 +38,10 @@ def find_adapters(folders: Sequence[Path]) -> dict[str, Path]:
     found = []
     for path in folders:
         is_one = path.suffix == ".safetensors" or (path / WEIGHTS_NAME).is_file()
-        found += [path] if is_one else [file.parent for file in sorted(path.glob(f"*/{WEIGHTS_NAME}"))]
+        runs = sorted(
+            [*path.glob(f"*/{WEIGHTS_NAME}"), *path.glob(f"*/*/{WEIGHTS_NAME}")]
+        )  # out/fold2, out/quickstart/fold0
+        found += [path] if is_one else [file.parent for file in runs]
     return {str(path): path for path in found}
 
 
