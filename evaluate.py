@@ -16,6 +16,8 @@ Of one fold:
     noise_levels.png     what the adapter gained over the base, by noise level
     report.html          all of it on one page, those pictures included
 
+Of all folds: summary.json, summary.csv, folds.png and report.html.
+
 Films, captions and readings are of patients where the set is; the page of all folds shows none.
 
 How well does the model predict noise (MSE by timestep)? How well does it rebuild a real film from a known amount of

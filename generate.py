@@ -10,7 +10,7 @@ Writes to images/ (--output_dir):
     <prompt>_<seed>_<hash>.png   8-bit grey (--bit_depth 16); how it was made is in its text chunks
     images.jsonl                 the same, a row an image, and what its caption asserts
     metadata.jsonl               makes the folder a data set: train_lora.py --train_data_dir images trains on it
-    contact_sheet.png            this command's images, a row a prompt
+    contact_sheet.png            this command's images, a row a prompt; of many the first 16 prompts, 8 images each
     dicom/                       the same images as DICOM Secondary Capture (--dicom)
 
 Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise; a data set to train on

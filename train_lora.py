@@ -5,6 +5,8 @@
 Trains on every fold but --fold, less a tenth of the patients for validation, and writes to out/fold2/ (--output_dir):
 
     pytorch_lora_weights.safetensors   the best adapter by validation SSIM; loads in any StableDiffusionPipeline
+    kohya_lora_weights.safetensors     the same for A1111 and ComfyUI (--export kohya)
+    vae_decoder.safetensors            a decoder fitted to the films (--adapt_decoder_steps)
     README.md                          its model card
     config.json                        what was asked, on which data, with which versions
     log.jsonl, validation.jsonl        a row an optimizer step, a row a validation
