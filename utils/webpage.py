@@ -38,10 +38,9 @@ def find_adapters(folders: Sequence[Path]) -> dict[str, Path]:
     found = []
     for path in folders:
         is_one = path.suffix == ".safetensors" or (path / WEIGHTS_NAME).is_file()
-        runs = sorted(
-            [*path.glob(f"*/{WEIGHTS_NAME}"), *path.glob(f"*/*/{WEIGHTS_NAME}")]
-        )  # out/fold2, out/quickstart/fold0
-        found += [path] if is_one else [file.parent for file in runs]
+        levels = ("*", "*/*")  # such as out/fold2 and out/quickstart/fold0
+        runs = sorted(file.parent for level in levels for file in path.glob(f"{level}/{WEIGHTS_NAME}"))
+        found += [path] if is_one else runs
     return {str(path): path for path in found}
 
 
