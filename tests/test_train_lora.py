@@ -150,12 +150,12 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         assert {torch.uint8, torch.float32} == set(moments)
 
 
+@pytest.mark.parametrize("more", [("--train_text_encoder_frac", "0.5"), ("--gradient_checkpointing",)])
 def test_compiled_blocks_learn_what_plain_ones_do(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     """Traced whole, with the compiler's slow last stage left out; a second time where the text encoder stops."""
-    more = ("--max_train_steps", "4", "--validation_steps", "2", "--train_text_encoder_frac", "0.5",
-            "--gradient_checkpointing")  # fmt: skip
+    more = ("--max_train_steps", "4", "--validation_steps", "2", *more)
     compiled, compile_module = [], torch.nn.Module.compile
 
     def trace(module: torch.nn.Module, **options) -> None:
