@@ -46,6 +46,7 @@ from utils.hardware import (
     compile_problem,
     explain_out_of_memory,
     keep_freed_memory,
+    replay_predictions,
     use_all_cores,
 )
 from utils.images import grey_levels, load_film
@@ -138,6 +139,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=4, help="images at a time; short batches are filled up [4]")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
     add("--compile", action="store_true", help="compile the UNet's blocks: pays for hundreds of images, on a GPU")
+    add(
+        "--no_cuda_graph", action="store_true", help="on a GPU, launch the UNet's kernels one by one, not as one graph"
+    )
 
     add = parser.add_argument_group("quality control").add_argument
     add("--reference", type=Path, metavar="DATA",
@@ -302,6 +306,8 @@ def load_model(
         if problem := compile_problem(accelerator.device):
             raise Refused(f"--compile does not work here ({problem}); leave it out")
         compile_blocks(base.unet)
+    if accelerator.device.type == "cuda" and not args.no_cuda_graph:
+        replay_predictions(base.unet)
 
     named = ", ".join(f"{file} x {scale:g}" for file, scale in zip(files, scales, strict=True)) or "none"
     accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 import train_lora
 from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.hardware import xformers_problem
+from utils.provenance import read_png
 from utils.release import WEIGHTS_NAME
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -103,6 +105,30 @@ def test_killed_and_resumed_it_ends_in_the_same_numbers(
     assert start(1, flags(tiny_base, tiny_data, tmp_path / "killed", *more), output, cpu=False).wait(HANG_S) == 0
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
     assert (tmp_path / "killed" / WEIGHTS_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--guidance_scale", "3"), ("--scheduler", "PNDMScheduler", "--guidance_scale", "1"), ("--compile",)]
+)
+def test_replayed_images_are_those_launched(tiny_base: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Solvers that keep earlier predictions see none of them overwritten."""
+    images = {}
+    for name, more in (("launched", ("--no_cuda_graph",)), ("replayed", ())):
+        words = [
+            "--pretrained_model_name_or_path",
+            tiny_base,
+            "--prompt",
+            "Mass.",
+            "--prompt",
+            "Cardiomegaly.",
+            *flags,
+            *more,
+        ]
+        words += ["--num_images", "3", "--batch_size", "2", "--mixed_precision", "no", "--output_dir", tmp_path / name]
+        generate.main(generate.parse_args(list(map(str, words))))
+        images[name] = [read_png(path).astype(int) for path in sorted((tmp_path / name).glob("*_?_*.png"))]
+    assert len(images["replayed"]) == 6
+    assert max(abs(a - b).max() for a, b in zip(images["launched"], images["replayed"], strict=True)) <= 1
 
 
 def test_a_batch_that_does_not_fit_is_split(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -132,18 +132,18 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
 
 
 def capture_graph(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()
 ) -> Callable[..., Tensor]:
-    """Record a forward and backward pass as a CUDA graph, and return a function that replays it in a single launch.
+    """Record what a function does on a CUDA device as a graph, and return a function that replays it in a single launch.
 
-    A pass of Stable Diffusion launches some six thousand kernels. Where the host takes longer to launch them than the
-    device to run them, small batches take as long as large ones. A graph runs the same kernels on the same storage
-    (docs.pytorch.org, "CUDA semantics: CUDA Graphs"): parameters have to be changed in place, and gradients, to which
-    it adds, zeroed in place. Activations stay reserved for as long as the returned function is kept.
+    A training step of Stable Diffusion launches some six thousand kernels. Where the host takes longer to launch them
+    than the device to run them, small batches take as long as large ones. A graph runs the same kernels on the same
+    storage (docs.pytorch.org, "CUDA semantics: CUDA Graphs"): parameters have to be changed in place, and gradients, to
+    which it adds, zeroed in place. Activations stay reserved for as long as the returned function is kept.
 
     Args:
-        function: takes tensors, calls `backward` itself and returns the loss, a scalar. It must neither wait for the
-            device nor touch the random state.
+        function: takes tensors and returns one; with `parameters` a loss whose `backward` it has called. It must neither
+            wait for the device nor touch the random state.
         inputs: tensors of the shapes and types that it will always be given.
         parameters: those that learn. Gradients are zero afterwards, also of one that the loss does not depend on.
 
@@ -161,16 +161,43 @@ def capture_graph(
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning a batch
-        loss = function(*buffers)
-    torch._foreach_zero_([parameter.grad for parameter in parameters])
+        result = function(*buffers)
+    for parameter in parameters:
+        parameter.grad.zero_()
 
     def replay(*tensors: Tensor) -> Tensor:
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)
         graph.replay()
-        return loss
+        return result
 
     return replay
+
+
+def replay_predictions(unet: UNet2DConditionModel) -> None:
+    """Have a UNet on a CUDA device, whose weights stay as they are, predict by replaying a graph of itself.
+
+    Recorded when a batch of other shapes than the last one's first comes. For diffusers' pipelines: text is all that
+    it is told of a picture, and the prediction comes in a tuple.
+    """
+    forward, shapes, replay = unet.forward, None, None
+
+    def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return forward(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+
+    def replayed(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **others) -> tuple[Tensor]:
+        nonlocal shapes, replay
+        told = [name for name, value in others.items() if value is not None and name != "return_dict"]
+        if told or others.get("return_dict", True):
+            raise TypeError(f"a replayed UNet returns a tuple and knows nothing of {told}")
+        inputs = sample, timestep.to(sample.device), encoder_hidden_states
+        given = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        if given != shapes:
+            shapes, replay = given, None  # gives its memory back first
+            replay = capture_graph(predict, inputs)
+        return (replay(*inputs).clone(),)  # solvers keep predictions of earlier steps
+
+    unet.forward = replayed
 
 
 @contextmanager
