@@ -77,6 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["speed", "memory"], default=["speed", "memory"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16], help="films a step of all rows [4 16]")
+    last = [savings[-1] for savings in ROWS.values()]
+    parser.add_argument(
+        "--rows", nargs="*", choices=last, default=last, help="beside the peer and 'nothing saved' [all]"
+    )
     parser.add_argument("--most", type=int, default=128, help="films a step that the search begins at; 0: none [128]")
     parser.add_argument("--rounds", type=int, default=5, help="turns of five steps [5]")
     parser.add_argument("--compile_at", type=int, nargs="*", default=[4, 16], help="with a compiled row [4 16]")
@@ -191,8 +195,10 @@ def speed(args: argparse.Namespace, base: BaseModel, data: Path, cache: Path, ju
         print_table(rows, batch_size, flops, ceiling)
         return rows
 
+    left_out = {f"+ {name}" for name, savings in ROWS.items() if savings[-1] not in args.rows}
+    wanted = [name for name in columns if name not in left_out]
     for batch_size in args.batch_sizes:
-        rows = compare([name for name in columns if name != compiled or batch_size in args.compile_at], batch_size)
+        rows = compare([name for name in wanted if name != compiled or batch_size in args.compile_at], batch_size)
         mine = [row.losses for name, row in rows.items() if name != PEER]
         apart = max(distance(losses, mine[0]) for losses in mine)
         judge(apart <= SAME_BAR, f"{batch_size} films a step: {len(mine)} rows have the same losses to {apart:.0e}")
