@@ -71,6 +71,7 @@ from utils.hardware import (
     explain_out_of_memory,
     keep_freed_memory,
     largest_batch_size,
+    leave_out_cudnn_attention,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
@@ -547,10 +548,11 @@ def flush(
     for row, loss, norm in zip(pending, losses, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
+            wider = {"fp16": " or with --mixed_precision bf16", "bf16": " or with --mixed_precision no"}
             refusal = Refused(
                 f"step {row['step']}: loss {loss}, gradient norm {norm}; earlier checkpoints are kept. Start afresh "
-                "(--resume_from_checkpoint none) at a lower --learning_rate or with --mixed_precision bf16 or no. Films "
-                f"of the step: {', '.join(films)}"
+                f"(--resume_from_checkpoint none) at a lower --learning_rate{wider.get(accelerator.mixed_precision, '')}. "
+                f"Films of the step: {', '.join(films)}"
             )
             break
         finite_norm = norm if math.isfinite(norm) else None
@@ -649,6 +651,7 @@ def main(args: argparse.Namespace) -> int:
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    leave_out_cudnn_attention()
     say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
     say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "

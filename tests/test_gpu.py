@@ -73,6 +73,22 @@ def test_xformers_and_sdpa_predict_the_same(tiny_base: Path, tiny_data: Path, tm
     assert losses(tmp_path / "xformers") == pytest.approx(losses(tmp_path / "sdpa"), rel=0.01)
 
 
+def test_scores_far_below_zero_have_gradients_where_training_has_been(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """On Hopper cuDNN's attention makes NaN of some (pytorch/pytorch#196678); the text encoder has a mask, 77 tokens."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", precision="bf16")
+    for tokens in (64, 77, 192):
+        query, key, value = (torch.randn(2, 4, tokens, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        query[..., 0], key[..., 0] = 1.0, -120 * 32**0.5  # after scaling every score is about -120
+        inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+        for mask in (None, torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril()):
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            gradients = torch.autograd.grad(output, inputs, torch.randn_like(output))
+            assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_a_step_never_waits_for_the_device(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,15 @@ def warn_about_xformers(problem: str) -> None:
     warnings.warn(f"{problem}: attention runs on PyTorch's scaled_dot_product_attention instead", stacklevel=2)
 
 
+def leave_out_cudnn_attention() -> None:
+    """Have PyTorch's attention choose among its other kernels, whose gradients are finite where the prediction is.
+
+    From PyTorch 2.11 on it prefers cuDNN's on Hopper, which scores the empty half of a tile of keys 0. A query whose own
+    scores are all far below zero gets NaN from that as its gradient, while the loss looks healthy (pytorch/pytorch#196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def choose_adamw(use_8bit: bool, device: torch.device) -> type[torch.optim.Optimizer]:
     """Return PyTorch's AdamW, or bitsandbytes' with 8-bit moments where asked for and able to run.
 

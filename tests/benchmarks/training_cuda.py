@@ -168,6 +168,7 @@ def speed(args: argparse.Namespace, base: BaseModel, data: Path, cache: Path, ju
         else:
             stream = (demo_stream, data, cache)
             take_steps = ours(make_base, stream, savings, batch_size, "bf16", SNR_GAMMA, pixels)
+        take_steps = functools.partial(with_attention, take_steps, savings is None)
         torch.cuda.reset_peak_memory_stats()
         losses = take_steps(WARM_UP_STEPS)
         return Row(take_steps, losses, torch.cuda.max_memory_allocated() - before)
@@ -218,6 +219,12 @@ def speed(args: argparse.Namespace, base: BaseModel, data: Path, cache: Path, ju
             build(savings, size)
 
         compare([name], largest_batch_size(attempt, args.most, args.most))
+
+
+def with_attention(take_steps: Callable[[int], list[float]], cudnn: bool, steps: int) -> list[float]:
+    """Take steps with PyTorch's own choice of attention, as the peer does, or without cuDNN's, as train_lora.py does."""
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    return take_steps(steps)
 
 
 def turn(row: Row) -> None:
