@@ -72,7 +72,8 @@ from utils.provenance import (
     eight_bits,
     encode_png,
     file_name,
-    note,
+    hold_record,
+    keep,
     read_made,
     read_png,
     settle_records,
@@ -390,8 +391,7 @@ def draw(
                 "noise_seed": seed, "attempts": attempt + 1, "flags": flags, "labels": labels[name], "versions": versions,
             }  # fmt: skip
             film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
-            write_bytes(args.output_dir / name, encode_png(film, made))
-            note(args.output_dir, name, made)
+            keep(args.output_dir, name, encode_png(film, made), made)
             bar.update()
         pending = again
     bar.close()
@@ -438,7 +438,8 @@ def main(args: argparse.Namespace) -> None:
         for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
             film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
             path = (output_dir / "dicom" / name).with_suffix(".dcm")
-            write_bytes(path, encode_dicom(film, made, args.burn_label))
+            with hold_record(output_dir):  # an equal command may be at the same film
+                write_bytes(path, encode_dicom(film, made, args.burn_label))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
@@ -453,7 +454,8 @@ def main(args: argparse.Namespace) -> None:
     seeds = [f"seed {args.seed + j}" if in_step else "" for j in range(len(shown[0]))]
     footer = DISCLAIMER if init_image is None else OF_A_FILM
     sheet = contact_sheet(shown, [prompt.text for prompt in prompts[:SHEET_ROWS]], seeds, footer)
-    save_png(output_dir / "contact_sheet.png", sheet)
+    with hold_record(output_dir):
+        save_png(output_dir / "contact_sheet.png", sheet)
     tell_quality(rows)
     print(f"{len(due)} new of {len(requests)} images in {output_dir}; look at {output_dir}/contact_sheet.png")
 

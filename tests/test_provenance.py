@@ -1,5 +1,6 @@
 """Generated films on disk: what a file says of itself, and records that no kill leaves wrong."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from utils.provenance import (
     eight_bits,
     encode_png,
     file_name,
-    note,
+    keep,
     read_made,
     read_png,
     settle_records,
@@ -72,7 +73,7 @@ def test_names_differ_in_whatever_images_differ_in() -> None:
 def test_records_are_mended_and_name_every_image_once(tmp_path: Path) -> None:
     names = [draw(tmp_path, seed) for seed in range(4)]
     for seed in (1, 0, 0):
-        note(tmp_path, names[seed], made(seed))
+        keep(tmp_path, names[seed], encode_png(film(seed), made(seed)), made(seed))
     with open(tmp_path / RECORD, "a") as record:
         record.write('{"file_name": "half')  # torn by a kill; images 2 and 3 have no row at all
     rows = settle_records(tmp_path, names)
@@ -86,6 +87,21 @@ def test_records_are_mended_and_name_every_image_once(tmp_path: Path) -> None:
     (tmp_path / names[0]).unlink()
     settle_records(tmp_path, names[2:])
     assert [row["file_name"] for row in read_jsonl(tmp_path / RECORD)] == names[1:]
+
+
+def test_two_equal_commands_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    requests = [{"prompt": "a film", "seed": seed} for seed in range(50)]
+
+    def command(_: int) -> None:
+        for request in requests:
+            about = made(request["seed"])
+            keep(tmp_path, file_name(request), encode_png(film(request["seed"]), about), about)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(command, range(4)))
+    names = [file_name(request) for request in requests]
+    assert [row["file_name"] for row in settle_records(tmp_path, names)] == names
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_what_was_held_out_stays_so_when_the_image_is_asked_for_without_its_fold(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_jsonl
+from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
 from utils.prompts import LABELS
 from utils.refusal import Refused
 
@@ -79,9 +79,10 @@ def hold_record(folder: Path) -> Iterator[Path]:
         yield folder / RECORD
 
 
-def note(folder: Path, name: str, made: dict) -> None:
-    """Append an image that lies in a folder to its record."""
+def keep(folder: Path, name: str, png: bytes, made: dict) -> None:
+    """Write an image into a folder and append it to the record, other commands kept off: an equal one draws it, too."""
     with hold_record(folder) as record:
+        write_bytes(folder / name, png)
         append_jsonl(record, [row_of(folder, name, made)])
 
 
