@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle_records(output_dir, [name for name in requests if (output_dir / name).exists()])
     accelerator.wait_for_everyone()  # now all know what is due, and nobody has drawn yet
-    with explain_out_of_memory("generating", "lower --batch_size, or --resolution"):
+    with explain_out_of_memory("generating", "lower --batch_size or --resolution, or add --no_cuda_graph"):
         draw(args, accelerator, pipeline, quality, init_image, requests, labels, due)
 
     # The same as DICOM, from the images as they lie there

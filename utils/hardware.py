@@ -184,10 +184,10 @@ def capture_graph(
 
 
 def replay_predictions(unet: UNet2DConditionModel) -> None:
-    """Have a UNet on a CUDA device, whose weights stay as they are, predict by replaying a graph of itself.
+    """Have a UNet on a CUDA device predict by replaying a graph of itself. Its weights must stay where and as they are.
 
-    Recorded when a batch of other shapes than the last one's first comes. For diffusers' pipelines: text is all that
-    it is told of a picture, and the prediction comes in a tuple.
+    The graph is recorded for the first batch, and anew when shapes change. Made for diffusers' pipelines: a picture is
+    described by text alone, and the prediction comes in a tuple.
     """
     forward, shapes, replay = unet.forward, None, None
 
