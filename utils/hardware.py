@@ -202,8 +202,9 @@ def replay_predictions(unet: UNet2DConditionModel) -> None:
         inputs = sample, timestep.to(sample.device), encoder_hidden_states
         given = [(tensor.shape, tensor.dtype) for tensor in inputs]
         if given != shapes:
-            shapes, replay = given, None  # gives its memory back first
+            shapes = replay = None  # gives its memory back first
             replay = capture_graph(predict, inputs)
+            shapes = given
         return (replay(*inputs).clone(),)  # solvers keep predictions of earlier steps
 
     unet.forward = replayed
