@@ -429,7 +429,9 @@ def main(args: argparse.Namespace) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle_records(output_dir, [name for name in requests if (output_dir / name).exists()])
     accelerator.wait_for_everyone()  # now all know what is due, and nobody has drawn yet
-    with explain_out_of_memory("generating", "lower --batch_size or --resolution, or add --no_cuda_graph"):
+    graph = accelerator.device.type == "cuda" and not args.no_cuda_graph
+    advice = "lower --batch_size or --resolution" + (", or add --no_cuda_graph" if graph else "")
+    with explain_out_of_memory("generating", advice):
         draw(args, accelerator, pipeline, quality, init_image, requests, labels, due)
 
     # The same as DICOM, from the images as they lie there
@@ -438,8 +440,9 @@ def main(args: argparse.Namespace) -> None:
         for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
             film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
             path = (output_dir / "dicom" / name).with_suffix(".dcm")
+            dicom = encode_dicom(film, made, args.burn_label)
             with hold_record(output_dir):  # an equal command may be at the same film
-                write_bytes(path, encode_dicom(film, made, args.burn_label))
+                write_bytes(path, dicom)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
@@ -500,8 +503,8 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if key not in held:
             while len(held) > 1:
                 held.popitem(last=False)
+            accelerator.free_memory()  # it remembers all models that it prepared
             held[key] = load_model(asked, accelerator)
-            accelerator.free_memory()  # it would remember all models that it prepared
         held.move_to_end(key)
         return held[key]
 
@@ -515,7 +518,7 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
             prompts = check_prompts(
                 replace(prompt, negative=wish.negative_prompt) for prompt in typed_prompts([wish.prompt])
             )
-            with explain_out_of_memory("generating", "ask for fewer images, or start with a lower --batch_size"):
+            with explain_out_of_memory("generating", "start with a lower --batch_size"):
                 pipeline, model, quality = loaded(asked)
                 _, begun = read_init_image(asked, model["resolution"])
                 (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)

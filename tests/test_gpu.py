@@ -1,6 +1,6 @@
 """What only a CUDA device can show: `pytest -m gpu`. Tiny models, seconds each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,9 @@ import generate
 import train_lora
 from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
+from utils import hardware
 from utils.checkpoint import load_checkpoint
-from utils.hardware import xformers_problem
+from utils.hardware import capture_graph, xformers_problem
 from utils.provenance import read_png
 from utils.release import WEIGHTS_NAME
 
@@ -76,7 +77,7 @@ def test_xformers_and_sdpa_predict_the_same(tiny_base: Path, tiny_data: Path, tm
 def test_scores_far_below_zero_have_gradients_where_training_has_been(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """On Hopper cuDNN's attention makes NaN of some (pytorch/pytorch#196678); the text encoder has a mask, 77 tokens."""
+    """On Hopper cuDNN's attention makes NaN of some (pytorch/pytorch#196678)."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", precision="bf16")
     for tokens in (64, 77, 192):
@@ -126,9 +127,17 @@ def test_killed_and_resumed_it_ends_in_the_same_numbers(
 @pytest.mark.parametrize(
     "flags", [("--guidance_scale", "3"), ("--scheduler", "PNDMScheduler", "--guidance_scale", "1"), ("--compile",)]
 )
-def test_replayed_images_are_those_launched(tiny_base: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_replayed_images_are_those_launched(
+    tiny_base: Path, tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Solvers that keep earlier predictions see none of them overwritten."""
-    images = {}
+    images, recorded = {}, []
+
+    def watched(*args) -> Callable[..., torch.Tensor]:
+        recorded.append(name)
+        return capture_graph(*args)
+
+    monkeypatch.setattr(hardware, "capture_graph", watched)
     for name, more in (("launched", ("--no_cuda_graph",)), ("replayed", ())):
         words = [
             "--pretrained_model_name_or_path",
@@ -143,7 +152,7 @@ def test_replayed_images_are_those_launched(tiny_base: Path, tmp_path: Path, fla
         words += ["--num_images", "3", "--batch_size", "2", "--mixed_precision", "no", "--output_dir", tmp_path / name]
         generate.main(generate.parse_args(list(map(str, words))))
         images[name] = [read_png(path).astype(int) for path in sorted((tmp_path / name).glob("*_?_*.png"))]
-    assert len(images["replayed"]) == 6
+    assert len(images["replayed"]) == 6 and recorded == ["replayed"]
     assert max(abs(a - b).max() for a, b in zip(images["launched"], images["replayed"], strict=True)) <= 1
 
 

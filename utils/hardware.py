@@ -1,6 +1,7 @@
 """What this machine computes well in, and how much of it fits: precision, threads, kernels, memory."""
 
 import ctypes
+import functools
 import os
 import platform
 import warnings
@@ -91,10 +92,10 @@ def warn_about_xformers(problem: str) -> None:
 
 
 def leave_out_cudnn_attention() -> None:
-    """Have PyTorch's attention choose among its other kernels, whose gradients are finite where the prediction is.
+    """Have PyTorch's attention choose among its other kernels, as a precaution.
 
-    From PyTorch 2.11 on it prefers cuDNN's on Hopper, which scores the empty half of a tile of keys 0. A query whose own
-    scores are all far below zero gets NaN from that as its gradient, while the loss looks healthy (pytorch/pytorch#196678).
+    On Hopper it prefers cuDNN's, some of whose gradients are NaN where the loss is healthy: with a mask, an odd number
+    of half tiles of keys and scores far below zero (pytorch/pytorch#196678), and in cases not understood.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -162,7 +163,7 @@ def capture_graph(
     buffers = [tensor.clone() for tensor in inputs]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    stream = torch.cuda.Stream()
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # libraries choose kernels and compilers compile in the first calls
@@ -183,22 +184,27 @@ def capture_graph(
     return replay
 
 
-def replay_predictions(unet: UNet2DConditionModel) -> None:
-    """Have a UNet on a CUDA device predict by replaying a graph of itself. Its weights must stay where and as they are.
+@functools.cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """Return the one stream of a device that graphs are tried out on: libraries keep memory for each they have seen."""
+    return torch.cuda.Stream(device)
 
-    The graph is recorded for the first batch, and anew when shapes change. Made for diffusers' pipelines: a picture is
-    described by text alone, and the prediction comes in a tuple.
+
+def replay_predictions(unet: UNet2DConditionModel) -> None:
+    """Have a UNet on a CUDA device predict by replaying a graph of itself, where text alone describes a picture.
+
+    The graph is recorded for the first batch, and anew when shapes change. It keeps the memory of a prediction. Weights
+    must stay where and as they are: adapters that are switched on or off afterwards go unnoticed.
     """
     forward, shapes, replay = unet.forward, None, None
 
     def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return forward(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
 
-    def replayed(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **others) -> tuple[Tensor]:
+    def replayed(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True, **more):
         nonlocal shapes, replay
-        told = [name for name, value in others.items() if value is not None and name != "return_dict"]
-        if told or others.get("return_dict", True):
-            raise TypeError(f"a replayed UNet returns a tuple and knows nothing of {told}")
+        if return_dict or any(value is not None for value in more.values()):  # such as guidance told to an LCM
+            return forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **more)
         inputs = sample, timestep.to(sample.device), encoder_hidden_states
         given = [(tensor.shape, tensor.dtype) for tensor in inputs]
         if given != shapes:
@@ -221,7 +227,7 @@ def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not (should_reduce_batch_size(error) or "out of memory" in str(error)):  # the latter is the driver's own
             raise
         raise Refused(f"out of memory while {doing}; {advice}") from error
 
