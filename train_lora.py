@@ -548,7 +548,7 @@ def flush(
     for row, loss, norm in zip(pending, losses, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
-            wider = {"fp16": " or with --mixed_precision bf16", "bf16": " or with --mixed_precision no"}
+            wider = {"fp16": " or with --mixed_precision bf16 or no", "bf16": " or with --mixed_precision no"}
             refusal = Refused(
                 f"step {row['step']}: loss {loss}, gradient norm {norm}; earlier checkpoints are kept. Start afresh "
                 f"(--resume_from_checkpoint none) at a lower --learning_rate{wider.get(accelerator.mixed_precision, '')}. "

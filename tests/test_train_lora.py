@@ -184,6 +184,12 @@ def test_a_graph_is_left_out_on_a_cpu_and_said(tiny_base: Path, tiny_data: Path,
     assert len(read(tmp_path / "run" / "log.jsonl")) == 1
 
 
+def test_cudnns_attention_is_left_out_of_training(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_velocity_model_is_trained_on_the_velocity(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

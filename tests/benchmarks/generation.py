@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
         if precision == "no" and max(apart.values()) > 1:
             print("fail: they do not draw the same images")
             return 1
-        ceiling = share = None
+        ceiling = None
         if not on_cpu:
             with FlopCounterMode(display=False) as counter:
                 rows["+ --no_cuda_graph"](1)
@@ -108,7 +108,9 @@ def main(args: argparse.Namespace) -> int:
             print(
                 f"arithmetic of an image: {counter.get_total_flops() / 1e12:.1f} TFLOP, of which {ceiling:.1f} fit into a second"
             )
-        print(f"\n{'images/s, median and range':<28}{'at a time':>10}{'':>26}{'of ' + peer:>16}{'of the ceiling':>16}")
+        print(
+            f"\n{'images/s, median and range':<28}{'at a time':>10}{'':>26}{'of the first':>16}{'of the ceiling':>16}"
+        )
         results = {size: compare(rows, size, args.rounds, ceiling) for size in args.batch_sizes}
 
         # First images
