@@ -92,10 +92,11 @@ def warn_about_xformers(problem: str) -> None:
 
 
 def leave_out_cudnn_attention() -> None:
-    """Have PyTorch's attention choose among its other kernels, as a precaution.
+    """Have PyTorch's attention choose among its other kernels, whose gradients are finite wherever the loss is.
 
-    On Hopper it prefers cuDNN's, some of whose gradients are NaN where the loss is healthy: with a mask, an odd number
-    of half tiles of keys and scores far below zero (pytorch/pytorch#196678), and in cases not understood.
+    On Hopper it prefers cuDNN's, which score what is empty in a tile of tokens 0. Where all scores of a query are below
+    -88, exp(0 - log-sum-exp) overflows fp32 and becomes NaN times an empty row's 0: with a mask
+    (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
