@@ -307,7 +307,7 @@ def load_model(
         if problem := compile_problem(accelerator.device):
             raise Refused(f"--compile does not work here ({problem}); leave it out")
         compile_blocks(base.unet)
-    if accelerator.device.type == "cuda" and not args.no_cuda_graph:
+    if replays(args, accelerator):
         replay_predictions(base.unet)
 
     named = ", ".join(f"{file} x {scale:g}" for file, scale in zip(files, scales, strict=True)) or "none"
@@ -325,6 +325,14 @@ def load_model(
         "reference_sha256": quality.reference_sha256,
     }  # fmt: skip
     return pipeline, described, quality
+
+
+def replays(args: argparse.Namespace, accelerator: Accelerator) -> bool:
+    return accelerator.device.type == "cuda" and not args.no_cuda_graph
+
+
+def memory_advice(args: argparse.Namespace, accelerator: Accelerator) -> str:
+    return "lower --batch_size or --resolution" + (", or add --no_cuda_graph" if replays(args, accelerator) else "")
 
 
 def tell_long_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> None:
@@ -429,9 +437,7 @@ def main(args: argparse.Namespace) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle_records(output_dir, [name for name in requests if (output_dir / name).exists()])
     accelerator.wait_for_everyone()  # now all know what is due, and nobody has drawn yet
-    graph = accelerator.device.type == "cuda" and not args.no_cuda_graph
-    advice = "lower --batch_size or --resolution" + (", or add --no_cuda_graph" if graph else "")
-    with explain_out_of_memory("generating", advice):
+    with explain_out_of_memory("generating", memory_advice(args, accelerator)):
         draw(args, accelerator, pipeline, quality, init_image, requests, labels, due)
 
     # The same as DICOM, from the images as they lie there
@@ -518,7 +524,7 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
             prompts = check_prompts(
                 replace(prompt, negative=wish.negative_prompt) for prompt in typed_prompts([wish.prompt])
             )
-            with explain_out_of_memory("generating", "start with a lower --batch_size"):
+            with explain_out_of_memory("generating", memory_advice(args, accelerator)):
                 pipeline, model, quality = loaded(asked)
                 _, begun = read_init_image(asked, model["resolution"])
                 (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)

@@ -183,6 +183,8 @@ def test_out_of_memory_says_what_to_lower() -> None:
     advise = hardware.explain_out_of_memory
     with pytest.raises(Refused, match="out of memory while training; lower --x"), advise("training", "lower --x"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    with pytest.raises(Refused, match="lower --x"), advise("training", "lower --x"):
+        raise RuntimeError("CUDA error: out of memory")  # the driver's, of a graph that finds no room
     with pytest.raises(RuntimeError, match="shapes"), advise("training", "lower --x"):
         raise RuntimeError("shapes do not match")
 

@@ -92,11 +92,11 @@ def warn_about_xformers(problem: str) -> None:
 
 
 def leave_out_cudnn_attention() -> None:
-    """Have PyTorch's attention choose among its other kernels, whose gradients are finite wherever the loss is.
+    """Have PyTorch's attention choose among other kernels than cuDNN's, whose gradients can be NaN at a healthy loss.
 
-    On Hopper it prefers cuDNN's, which score what is empty in a tile of tokens 0. Where all scores of a query are below
-    -88, exp(0 - log-sum-exp) overflows fp32 and becomes NaN times an empty row's 0: with a mask
-    (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072).
+    On Hopper it prefers those. As reported with a mask (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072),
+    they score what is empty in a tile of tokens 0: where all scores of a query are below -88, exp(0 - log-sum-exp)
+    overflows fp32, and times an empty row's 0 is NaN.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

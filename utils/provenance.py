@@ -80,7 +80,12 @@ def hold_record(folder: Path) -> Iterator[Path]:
 
 
 def keep(folder: Path, name: str, png: bytes, made: dict) -> None:
-    """Write an image into a folder and append it to the record, other commands kept off: an equal one draws it, too."""
+    """Write an image into a folder and append it to the record, other commands kept off: an equal one draws it, too.
+
+    Args:
+        png: the file, as `encode_png` gives it.
+        made: how the image was made, what its text chunk says.
+    """
     with hold_record(folder) as record:
         write_bytes(folder / name, png)
         append_jsonl(record, [row_of(folder, name, made)])

@@ -15,7 +15,6 @@ The bars: 1.5 times the peer's images a second at 8 images at a time, and on a C
 
 import argparse
 import functools
-import gc
 import statistics
 import subprocess
 import sys
@@ -158,7 +157,6 @@ def compare(
         span = f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
         print(f"{name:<28}{size:>10}{span:>26}{ratio:>16.2f}{'' if share is None else f'{share:.0%}':>16}", flush=True)
         results[name] = ratio, share
-    gc.collect()
     return results
 
 
