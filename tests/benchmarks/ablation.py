@@ -35,36 +35,38 @@ RECIPE = (
     *("--max_validation_samples", "16", "--rank", "32", "--learning_rate", "3e-3", "--adam_beta2", "0.99"),
     *("--box_loss_weight", "0.4", "--caption_dropout", "0", "--num_validation_images", "0", "--report_to", "none"),
 )
-GUIDANCE = (1, 3)
 SAMPLING = ("--num_inference_steps", "12", "--num_prompted", "0")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/ablation"), help="folder of the runs [out/ablation]")
+    parser.add_argument("--no_unet_alone", action="store_true", help="leave out LoRA on the UNet alone")
+    parser.add_argument("--guidance", type=int, nargs="+", default=[1, 3], help="guidances films are drawn with [1 3]")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     work = args.work
+    variants = {title: of for title, of in VARIANTS.items() if not (of[0] == "unet" and args.no_unet_alone)}
     if not (work / "data" / "dataset.json").exists():
         script("download.py", "--output_dir", work / "data", "--cache_dir", work / "cache")
     for fold in FOLDS:
-        for name, flags in VARIANTS.values():
+        for name, flags in variants.values():
             lora = work / name / f"fold{fold}"
             where = ("--train_data_dir", work / "data", "--cache_dir", work / "cache", "--output_dir", lora)
             if not (lora / "README.md").exists():
                 script("train_lora.py", "--fold", fold, *where, *RECIPE, *flags)
-            for scale in GUIDANCE:
+            for scale in args.guidance:
                 evaluation = evaluated(work, scale, name) / lora.name / "evaluation"
                 if not (evaluation / "metrics.json").exists():
                     script(
                         "evaluate.py", "--lora", lora, *SAMPLING, "--guidance_scale", scale, "--output_dir", evaluation
                     )
     checks = {}
-    for scale in GUIDANCE:
+    for scale in args.guidance:
         summaries = {}
-        for title, (name, _) in VARIANTS.items():
+        for title, (name, _) in variants.items():
             summaries[title] = summary(evaluated(work, scale, name))
             if name != "both":
                 against = summary(evaluated(work, scale, "both"), evaluated(work, scale, name))["against"]
