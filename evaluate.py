@@ -37,6 +37,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,7 @@ from utils.alignment import (
     assertions,
     compare_pairs,
     counterparts,
+    views_of,
 )
 from utils.audit import audit, caption_pull, compare_pulls, suspects
 from utils.card import terms_of, write_card
@@ -72,7 +74,9 @@ from utils.cross_validation import (
     compare_runs,
     read_folds,
     read_readings,
+    same_readings,
     spread_over_folds,
+    unlike_figures,
     with_gains,
 )
 from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_round_trip
@@ -141,6 +145,7 @@ from utils.validation import (
 SHOWN = 6  # films in films.png
 SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
+LEAST_SHARED = 5  # captions, each of several patients, for real films to be compared with one another, too
 MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
 MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
@@ -215,9 +220,10 @@ def evaluate_fold(args: argparse.Namespace) -> None:
 
     # The fold that was held out, and the training films that floors are fitted on
     rows, training_rows, held_out_rows = read_split(config, run_dir, data_dir)
-    held_out_rows = draw_most_patients(held_out_rows, args.max_films, args.seed)
     if settings["max_train_samples"] is not None:
         training_rows = draw_rows(training_rows, settings["max_train_samples"], settings["seed"])
+    num_patients = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
+    held_out_rows = draw_most_patients(held_out_rows, args.max_films, args.seed)
 
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
@@ -287,7 +293,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         num_audited = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
         known, unknown = (draw_patients(part, num_audited, args.seed) for part in (training_rows, held_out_rows))
         of_known = draw([row["text"] for row in known], "generating, captions of training films")
-        repeated = list(dict.fromkeys(row["text"] for row in unknown))[:VARIED_PROMPTS]
+        repeated, alike = shared_captions(captions, bank.patients, [row["text"] for row in unknown])
         seeds = list(range(args.seed, args.seed + SAMPLES_A_PROMPT))
         varied = draw(
             [caption for caption in repeated for _ in seeds], "generating, one caption several times", seeds * len(repeated)
@@ -300,15 +306,21 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             caption_pull, unet, text_encoder, empty_ids=tokenize(base.tokenizer, [""]), latent_shape=bank.latents.shape[1:],
             timestep=noise_scheduler.config.num_train_timesteps - 1, batch_size=args.batch_size, device=device,
         )  # fmt: skip
-        known_captions = {row["text"] for row in training_rows}
-        of_training, of_others = (
-            list(dict.fromkeys(row["text"] for row in draw_rows(rows, MOST_CAPTIONS, args.seed)))
-            for rows in (training_rows, [row for row in held_out_rows if row["text"] not in known_captions])
+        # Those of a single film are in training or not by chance alone; a common caption is in it for what it says
+        times = Counter(row["text"] for row in rows)
+        of_training = list(
+            dict.fromkeys(row["text"] for row in draw_most_patients(training_rows, MOST_CAPTIONS, args.seed))
         )
+        of_others = [
+            row["text"]
+            for row in draw_most_patients(held_out_rows, MOST_CAPTIONS, args.seed)
+            if times[row["text"]] == 1
+        ]
         pulls = [
             pull(input_ids=tokenize(base.tokenizer, part)) if part else torch.empty(0)
             for part in (of_training, of_others)
         ]
+        single = torch.tensor([times[caption] == 1 for caption in of_training])
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -325,9 +337,10 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     measured_rows = measured_rows + [row for row in known if row["file_name"] not in measured_names]
     drawn = Drawn(
         held_out_rows=held_out_rows, training_rows=measured_rows, known=known, unknown=unknown,
-        training_captions=known_captions, bank=bank,
+        training_captions={row["text"] for row in training_rows}, bank=bank,
         training_films=FilmDataset(data_dir, measured_rows, resolution, interpolation), mean=mean, generated=generated,
-        of_base=of_base, of_known=of_known, varied=varied, without_findings=without_findings, pairs=pairs,
+        of_base=of_base, of_known=of_known, varied=varied, alike=alike, without_findings=without_findings, pairs=pairs,
+        num_patients=num_patients,
     )  # fmt: skip
     scores |= score_free_samples(drawn, args.seed)
     levels = noise_levels(noise_scheduler)
@@ -341,7 +354,11 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "patients": len(set(bank.patients)),
         "seed": args.seed,
         "data_hash": config["data_hash"],
-        "sampling": {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale},
+        "sampling": {
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+            "max_films": args.max_films,
+        },
         "mixed_precision": accelerator.mixed_precision,
         "features": space.name,
         "features_note": space.note,
@@ -357,7 +374,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         metrics["prompt_followed"] = followed
     of_sets, features, readings, nearest = summarise_sets(drawn, space, resolution, args.seed)
     metrics |= of_sets
-    metrics["memorisation"]["captions"] = compare_pulls(*pulls, args.seed)
+    metrics["memorisation"]["captions"] = compare_pulls(pulls[0][single], pulls[1], args.seed)
     suspected = pulls[0].argsort(descending=True, stable=True)[:SHOWN_SUSPECTS].tolist()
     write_bytes(output_dir / "captions.txt", "".join(f"{of_training[i]}\n" for i in suspected).encode())
     groups = subgroups(held_out_rows, drawn.training_captions)
@@ -404,8 +421,10 @@ class Drawn:
         generated, of_base: from the held-out captions, by the adapter and by the base, [N].
         of_known: from the captions of `known`, [M].
         varied: from some captions, SAMPLES_A_PROMPT each in a row.
+        alike: places of held-out films of each of those captions, of different patients; none where too few are shared.
         without_findings: from the second caption and the first film's noise of each of `pairs`.
         pairs: places of held-out films, one with findings, its counterpart without.
+        num_patients: of training or held out, whichever are fewer, also those that are not measured.
     """
 
     held_out_rows: list[dict]
@@ -420,8 +439,10 @@ class Drawn:
     of_base: Tensor
     of_known: Tensor
     varied: Tensor
+    alike: list[list[int]]
     without_findings: Tensor
     pairs: list[tuple[int, int]]
+    num_patients: int
 
     def random_pairs(self, seed: int) -> Tensor | None:
         """Return for each held-out film one of another patient, None where there is only one patient."""
@@ -463,19 +484,18 @@ def summarise_sets(
     features = {name: measured["features"] for name, measured in spaces.items()}
     training_patients = [patient_of(row) for row in drawn.training_rows]
     sets = {name: features[name] for name in ("generated", "base", "mean_film")}
-    compared = compare_sets(features["held_out"], sets, features["training"], training_patients, seed)
+    compared = compare_sets(features["held_out"], bank.patients, sets, features["training"], training_patients, seed)
     metrics: dict = {"distribution": {"encoder": space.name} | (compared or {})}
 
     captions, others = [row["text"] for row in drawn.held_out_rows], drawn.random_pairs(seed)
-    alike = None
-    if pairs := same_caption_pairs(captions, bank.patients, seed):
-        one, other = (list(places) for places in zip(*pairs, strict=True))
-        alike = pair_similarity(bank.films[one], bank.films[other], [captions[i] for i in one], seed)
+    alike = pairs_of(bank.films, drawn.alike) if drawn.alike else None
+    starts = range(0, len(drawn.varied), SAMPLES_A_PROMPT)
+    of_caption = [range(start, start + SAMPLES_A_PROMPT) for start in starts]
     metrics["variety"] = {
         "scales": num_scales(resolution),
-        "one_caption": pair_similarity(*pairs_of(drawn.varied, SAMPLES_A_PROMPT), seed),
+        "one_caption": pair_similarity(*pairs_of(drawn.varied, of_caption), seed),
         "real_films": None if others is None else pair_similarity(others, bank.films, bank.patients, seed),
-        "real_films_of_one_caption": alike,
+        "real_films_of_one_caption": alike and pair_similarity(*alike, seed),
     }
 
     # A film from the caption of one film each of as many patients of training and held out, beside those films
@@ -490,7 +510,8 @@ def summarise_sets(
     audited = ("features", "pixels")
     metrics["memorisation"] = audit(
         {name: asked[name] for name in audited}, {name: spaces["training"][name][of_trained] for name in audited},
-        {name: spaces["held_out"][name][of_unknown] for name in audited}, spaces["training"], spaces["held_out"], seed,
+        {name: spaces["held_out"][name][of_unknown] for name in audited}, spaces["training"], spaces["held_out"],
+        bank.patients, drawn.num_patients, seed,
     )  # fmt: skip
     nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
 
@@ -507,7 +528,8 @@ def summarise_sets(
     asserted = assertions(drawn.held_out_rows)
     is_new = [caption not in drawn.training_captions for caption in captions]
     scores = {"generated": read["generated"], "base": read["base"], "real": read["held_out"]}
-    metrics["alignment"] = agreement(Asked(asserted, bank.patients, seed=seed), scores, is_new)
+    views = views_of(drawn.held_out_rows, asserted)
+    metrics["alignment"] = agreement(Asked(asserted, bank.patients, views=views, seed=seed), scores, is_new)
     metrics["counterfactual"] = (
         compare_pairs(
             drawn.held_out_rows, drawn.pairs,
@@ -517,10 +539,10 @@ def summarise_sets(
     )  # fmt: skip
     metrics["tstr"] = probes.tstr(drawn.known, drawn.held_out_rows)
     readings = [
-        {"file_name": row["file_name"], "patient_id": patient, "new_caption": new, "asserted": told}
+        {"file_name": row["file_name"], "patient_id": patient, "view": view, "new_caption": new, "asserted": told}
         | {kind: {label: float(of[i]) for label, of in by_label.items()} for kind, by_label in scores.items()}
-        for i, (row, patient, new, told) in enumerate(
-            zip(drawn.held_out_rows, bank.patients, is_new, asserted, strict=True)
+        for i, (row, patient, view, new, told) in enumerate(
+            zip(drawn.held_out_rows, bank.patients, views, is_new, asserted, strict=True)
         )
     ]
     return metrics, {name: features[name] for name in ("held_out", "generated")}, readings, nearest
@@ -633,27 +655,34 @@ def draw_films(
     return torch.stack(drawn) if drawn else torch.empty(0, resolution, resolution, dtype=torch.uint8)
 
 
-def pairs_of(films: Tensor, size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Return all pairs of films within groups of `size` in a row: one film, the other, and the group of each pair."""
-    pairs = [
-        (group + i, group + j, str(group))
-        for group in range(0, len(films), size)
-        for i, j in itertools.combinations(range(size), 2)
-    ]
-    one, other, groups = zip(*pairs, strict=True)
-    return films[list(one)], films[list(other)], list(groups)
+def pairs_of(films: Tensor, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Return all pairs of films within groups of places: one film, the other, and the group of each pair."""
+    pairs = [(i, j, str(n)) for n, places in enumerate(groups) for i, j in itertools.combinations(places, 2)]
+    one, other, named = zip(*pairs, strict=True)
+    return films[list(one)], films[list(other)], list(named)
 
 
-def same_caption_pairs(
-    captions: Sequence[str], patients: Sequence[str], seed: int, most: int = 256
-) -> list[tuple[int, int]]:
-    """Return places of pairs of films of one caption and two patients, at most so many, drawn by seed."""
-    places: dict[str, list[int]] = {}
-    for place, caption in enumerate(captions):
-        places.setdefault(caption, []).append(place)
-    pairs = [(i, j) for of in places.values() for i, j in itertools.combinations(of, 2) if patients[i] != patients[j]]
-    order = np.random.default_rng(derive_seed(seed, "same caption")).permutation(len(pairs))[:most]
-    return [pairs[i] for i in sorted(order)]
+def shared_captions(
+    captions: Sequence[str], patients: Sequence[str], order: Sequence[str]
+) -> tuple[list[str], list[list[int]]]:
+    """Return captions to draw several films from, and places of real films of each, of different patients, to be as varied.
+
+    Captions that most patients share come first, SAMPLES_A_PROMPT of whose films are taken. Where fewer than LEAST_SHARED
+    are shared at all, any captions, and no places: real films of others would say nothing about these.
+
+    Args:
+        captions, patients: of the held-out films.
+        order: the captions in the order in which equally common ones are taken.
+    """
+    films: dict[str, dict[str, int]] = {caption: {} for caption in order}
+    for place, (caption, patient) in enumerate(zip(captions, patients, strict=True)):
+        if caption in films:
+            films[caption].setdefault(patient, place)
+    shared = sorted((caption for caption in films if len(films[caption]) > 1), key=lambda text: -len(films[text]))
+    if len(shared) < LEAST_SHARED:
+        return list(films)[:VARIED_PROMPTS], []
+    chosen = shared[:VARIED_PROMPTS]
+    return chosen, [list(films[caption].values())[:SAMPLES_A_PROMPT] for caption in chosen]
 
 
 def rebuilt_films(
@@ -719,18 +748,23 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     )
     if against is not None:
         other_folds, others, other_folders = read_folds(against)
-        for name in ("data_hash", "resolution", "num_folds", "features"):
-            if folds[0][name] != other_folds[0][name]:
-                raise Refused(f"{out} and {against} differ in {name}; only runs on the same films compare")
-        record["against"] = compare_runs(films, [row for rows in others for row in rows], seed)
+        for name in ("data_hash", "resolution", "num_folds", "features", "sampling", "seed", "mixed_precision"):
+            if folds[0].get(name) != other_folds[0].get(name):
+                raise Refused(
+                    f"{out} and {against} differ in {name}; only runs evaluated alike, on the same films, compare"
+                )
+        unlike = unlike_figures(folds[0], other_folds[0])
+        record["against"] = compare_runs(films, [row for rows in others for row in rows], unlike, seed)
+        for kind, reason in unlike.items():
+            print(f"{kind} is not compared: {reason}")
         record["against"]["alignment"] = {}
-        sizes = {fold["settings"]["max_train_samples"] for fold in (folds[0], other_folds[0])}
-        if len(sizes) == 1:  # else the probes would differ, not only the films
-            other_of = {row["file_name"]: row for row in read_readings(other_folders)}
-            others = columns_of([other_of[row["file_name"]] for row in readings], "generated")
+        other_of = {row["file_name"]: row for row in read_readings(other_folders)}
+        other_readings = [other_of[row["file_name"]] for row in readings]
+        if same_readings(scores["real"], columns_of(other_readings, "real")):
+            others = columns_of(other_readings, "generated")
             record["against"]["alignment"] = agreement_gain(asked_of(readings, seed), scores["generated"], others)
         else:
-            print("trained on different numbers of films, so with other probes: what captions assert is not compared")
+            print("other probes (of other training films, or seeds): what captions assert is not compared")
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()

@@ -1,5 +1,7 @@
 """What captions assert and films show: known answers, floors and ceilings. Features are drawn, no model runs."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from utils.alignment import (
     counterparts,
     fit_probe,
     labels_in_all,
+    views_of,
 )
 from utils.folds import patient_of
 
@@ -121,17 +124,42 @@ def test_folds_are_scored_each_by_itself() -> None:
     floor, _ = asked.shuffled({"mass": deaf + 3.0 * folds})
     assert floor["mass"]["mean"] == pytest.approx(0.5, abs=0.02)
     assert Asked(asserted, patients).auroc({"mass": deaf + 3.0 * folds}, "mass")["mean"] > 0.6
+    views = ["AP" if fold else "PA" for fold in folds]
     sorted_by_view = Asked(
-        [of | {"AP, not PA": bool(fold)} for of, fold in zip(asserted, folds, strict=True)], patients
-    )
-    assert sorted_by_view.within("AP, not PA").auroc({"mass": deaf + 3.0 * folds}, "mass") == asked.auroc(
-        {"mass": deaf}, "mass"
-    )
-    alone = sorted_by_view.within("AP, not PA").auroc({"AP, not PA": deaf}, "AP, not PA")
+        [of | {"AP, not PA": bool(fold)} for of, fold in zip(asserted, folds, strict=True)], patients, views=views
+    ).within_view()
+    assert sorted_by_view.auroc({"mass": deaf + 3.0 * folds}, "mass") == asked.auroc({"mass": deaf}, "mass")
+    alone = sorted_by_view.auroc({"AP, not PA": deaf}, "AP, not PA")
     assert alone == {"mean": None, "interval": None}, "nothing to compare"
-    assert Asked(asserted, patients).within("AP, not PA") is None
+    for one_at_most in (None, [None] * 300, ["AP"] * 300, ["AP", None] * 150):
+        assert Asked(asserted, patients, views=one_at_most).within_view() is None
+    some = Asked(asserted, patients, views=[view if i % 2 else None for i, view in enumerate(views)]).within_view()
+    half = Asked(asserted[1::2], patients[1::2], views=views[1::2]).within_view()
+    assert some.auroc({"mass": deaf}, "mass")["mean"] == half.auroc({"mass": deaf[1::2]}, "mass")["mean"]
     unread = np.where(folds == 1, np.nan, deaf)
     assert asked.auroc({"mass": unread}, "mass")["mean"] == pytest.approx(roc_auc_score(truth[:150], deaf[:150]))
+
+
+def test_a_finding_that_goes_with_the_view_cannot_be_compared_within_one() -> None:
+    """All AP films show pneumonia, no PA film does, as in many a case-control set: there is no figure, and no NaN."""
+    asserted = [{"pneumonia": i % 2 == 0, "edema": i % 4 < 2} for i in range(80)]
+    scores = {label: np.array([of[label] + i / 80 for i, of in enumerate(asserted)]) for label in asserted[0]}
+    views = ["AP" if of["pneumonia"] else "PA" for of in asserted]
+    asked = Asked(asserted, [str(i) for i in range(80)], views=views)
+    found = agreement(asked, {"generated": scores, "base": scores, "real": scores}, [True] * 80)
+    json.dumps(found, allow_nan=False)
+    assert found["labels"]["edema"]["within_view"]["generated"]["mean"] > 0.9
+    assert found["labels"]["pneumonia"]["within_view"]["generated"] == {"mean": None, "interval": None}
+    assert found["mean"]["within_view"]["generated"] == {"mean": None, "interval": None, "findings": 2}
+    assert found["mean"]["generated"]["mean"] > 0.9
+
+
+def test_a_films_view_is_the_tables_or_its_captions() -> None:
+    rows = [
+        {"text": "AP chest radiograph.", "view": None}, {"text": "Chest radiograph.", "view": "PA"}, {"text": "Chest."},
+        {"text": "Chest radiograph.", "view": "FRONTAL"}, {"text": "Chest radiograph.", "view": "LL"},
+    ]  # fmt: skip
+    assert views_of(rows, assertions(rows)) == ["AP", "PA", None, None, "Lateral"]
 
 
 def test_few_patients_of_a_kind_have_no_interval() -> None:
@@ -238,6 +266,10 @@ def test_of_pairs_the_film_with_the_finding_is_read_more_strongly() -> None:
         list(binomtest(4, 4).proportion_ci(method="wilson")), abs=1e-4
     )
     assert compare_pairs(rows, pairs, {kind: {} for kind in read}) == {}
+    for row in rows[4:]:
+        row["patient_id"] = "one healthy patient"
+    few = compare_pairs(rows, pairs, read)["mass"]["real"]["interval"]
+    assert few == pytest.approx(list(binomtest(1, 1).proportion_ci(method="wilson")), abs=1e-4)
     rows[0]["findings"] = ["mass", "nodule"]
     for kind, low in (("generated", 0.0), ("counterpart", 1.0), ("real", 0.0)):
         read[kind]["nodule"] = np.full(8, low)

@@ -24,7 +24,7 @@ from utils.latents import cache_posteriors
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
-from utils.release import DECODER_NAME
+from utils.release import DECODER_NAME, WEIGHTS_NAME
 from utils.validation import eval_mode, film_bank, score_model
 
 
@@ -203,11 +203,18 @@ def test_prompts_are_asked_whether_they_are_followed_where_the_table_has_boxes(
     assert '<img alt="findings"' in report and "prompted finding and side" in report
 
 
-def test_pairs_of_one_caption_are_of_two_patients() -> None:
-    captions, patients = ["x", "x", "y", "x", "y"], ["a", "a", "b", "c", "b"]
-    assert evaluate.same_caption_pairs(captions, patients, seed=0) == [(0, 3), (1, 3)]
-    assert len(evaluate.same_caption_pairs(captions, patients, seed=0, most=1)) == 1
-    assert evaluate.same_caption_pairs(["x", "y"], ["a", "b"], seed=0) == []
+def test_variety_is_asked_of_captions_that_patients_share() -> None:
+    captions = [*"vwxyz", *"vwxyz", "z", "v", "alone"]
+    patients = [*"abcde", *"fghij", "k", "a", "l"]
+    order = ["alone", *"vwxyz"]
+    chosen, places = evaluate.shared_captions(captions, patients, order)
+    assert chosen == [*"zvwxy"], "the commonest first"
+    assert places == [[4, 9, 10], [0, 5], [1, 6], [2, 7], [3, 8]], "one film a patient"
+    films = torch.arange(13)
+    one, other, groups = evaluate.pairs_of(films, places)
+    assert (one.tolist(), other.tolist()) == ([4, 4, 9, 0, 1, 2, 3], [9, 10, 10, 5, 6, 7, 8])
+    assert groups == ["0", "0", "0", "1", "2", "3", "4"]
+    assert evaluate.shared_captions(captions[:4], patients[:4], order[1:5]) == ([*"vwxy"], [])
 
 
 def test_random_pairs_are_of_different_patients() -> None:
@@ -288,6 +295,34 @@ def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Pat
     path.write_text(path.read_text().replace('"guidance_scale": 4.0', '"guidance_scale": 7.5'))
     with pytest.raises(Refused, match="differ in sampling"):
         measure("--cross_validation", out)
+    (out / "fold0" / WEIGHTS_NAME).write_bytes(b"trained anew since")
+    path.write_text(path.read_text().replace('"guidance_scale": 7.5', '"guidance_scale": 4.0'))
+    with pytest.raises(Refused, match="fold0/evaluation is of another adapter"):
+        measure("--cross_validation", out)
+
+
+def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = Path(shutil.copytree(runs, tmp_path / "other"))
+
+    def change(name: str, value: object, part: str = "settings") -> None:
+        for path in other.glob("fold*/evaluation/metrics.json"):
+            metrics = json.loads(path.read_text())
+            metrics[part][name] = value
+            path.write_text(json.dumps(metrics))
+
+    change("prediction_type", "v_prediction")
+    measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
+    figures = json.loads((tmp_path / "summary.json").read_text())["against"]["figures"]
+    assert set(figures) == {
+        f"{name}/{strength}" for name in ("ssim", "psnr", "ms_ssim") for strength in (0.3, 0.5, 0.7)
+    }
+    assert "mse is not compared: the two predict something else" in capsys.readouterr().out
+    change("rescale_betas_zero_snr", True)
+    measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["against"]["figures"] == {}
+    change("guidance_scale", 7.5, "sampling")
+    with pytest.raises(Refused, match="differ in sampling; only runs evaluated alike"):
+        measure("--cross_validation", runs, "--against", other)
 
 
 def test_another_feature_space_is_named_with_its_figures(
@@ -345,7 +380,8 @@ def test_what_captions_say_is_read_in_films(read_runs: Path) -> None:
     for text in ("mean over findings", "ceiling: the real films", "generated from 24 captions", "not to be shared"):
         assert text in page
     captions = metrics["memorisation"]["captions"]
-    assert captions["held_out"] == 24, "every patient is of another age, so every caption is new"
+    assert captions["held_out"] == 24, "every patient is of another age, so every caption is of one film"
+    assert captions["training"] == 86, "of 96 patients ten validate"
     assert len((folder / "captions.txt").read_text().splitlines()) == 8
     assert "move the prediction from pure noise" in page
 
@@ -371,6 +407,13 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["alignment"]["labels"]["pneumonia"]["generated"]["mean"] == 1
     assert summary["against"]["alignment"]["pneumonia"]["gain"] == pytest.approx(1 - part["generated"]["mean"])
+    for path in other.glob("fold*/evaluation/readings.jsonl"):
+        rows = [json.loads(line) for line in path.open()]
+        for row in rows:
+            row["real"]["pneumonia"] += 0.01
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measure("--cross_validation", other, "--against", read_runs, "--output_dir", tmp_path / "probes")
+    assert json.loads((tmp_path / "probes" / "summary.json").read_text())["against"]["alignment"] == {}
     assert "as many real films" in page
 
 

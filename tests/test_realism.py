@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import ROOT
-from utils.audit import audit, caption_pull, compare_pulls, suspects
+from utils.audit import audit, caption_pull, compare_pulls, is_near_copy, suspects
+from utils.distances import nearest_neighbours
 from utils.encoders import bundled_space, measure_films
 from utils.images import load_film, thumbnails
 from utils.metadata import read_metadata
@@ -17,7 +18,7 @@ from utils.release import FAILED, TOO_FEW
 
 DEMO = ROOT / "assets" / "demo"
 SIZE = 90  # films a set, three of each of 30 patients; the other 270 are the pool
-POOL = [f"patient {i // 3}" for i in range(3 * SIZE)]
+HELD_OUT, POOL = [f"patient {i // 3}" for i in range(SIZE)], [f"another {i // 3}" for i in range(3 * SIZE)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def spaces(films: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def compared(spaces: dict) -> dict:
     features = {name: space["features"] for name, space in spaces.items()}
-    return compare_sets(features["held_out"], features, features["pool"], POOL, seed=0)
+    return compare_sets(features["held_out"], HELD_OUT, features, features["pool"], POOL, seed=0)
 
 
 TRAPS = [
@@ -96,7 +97,7 @@ def test_a_memorised_set_passes_for_real_and_is_caught_by_the_audit(spaces: dict
     assert "training" not in compared["too_good"]
     one_each = {part: {space: films[::3] for space, films in spaces[part].items()} for part in spaces}
     everything = spaces["pool"], spaces["held_out"]
-    record = audit(one_each["training"], one_each["training"], one_each["held_out"], *everything, seed=0)
+    record = audit(one_each["training"], one_each["training"], one_each["held_out"], *everything, HELD_OUT, 30, seed=0)
     for space in ("features", "pixels"):
         assert record[space]["probability"] == 1.0
         assert record[space]["interval"][0] > 0.6
@@ -113,11 +114,12 @@ def test_films_of_new_patients_are_not_taken_for_memorised(spaces: dict) -> None
     trained = {space: films[SIZE : 2 * SIZE : 3] for space, films in spaces["pool"].items()}
     everything = {space: films[SIZE:] for space, films in spaces["pool"].items()}
     unseen = {space: films[::3] for space, films in spaces["held_out"].items()}
-    record = audit(asked, trained, unseen, everything, spaces["held_out"], seed=0)
+    record = audit(asked, trained, unseen, everything, spaces["held_out"], HELD_OUT, 30, seed=0)
     for space in ("features", "pixels"):
         low, high = record[space]["interval"]
         assert low < 0.5 < high
-        assert record[space]["near_copies"] < 0.1
+        assert record[space]["near_copies_interval"][0] < record[space]["near_copies_expected"]
+        assert record[space]["near_copies_expected"] == pytest.approx(1.89 / 91)
     assert record["verdict"] == TOO_FEW
 
 
@@ -125,9 +127,19 @@ def test_a_copy_of_a_film_that_was_not_asked_for_is_a_near_copy(spaces: dict) ->
     asked = {space: films[120:160] for space, films in spaces["pool"].items()}
     trained = {space: films[:60:3] for space, films in spaces["pool"].items()}
     unseen = {space: films[:60:3] for space, films in spaces["held_out"].items()}
-    record = audit(asked, trained, unseen, spaces["pool"], spaces["held_out"], seed=0)
+    record = audit(asked, trained, unseen, spaces["pool"], spaces["held_out"], HELD_OUT, 20, seed=0)
     assert record["pixels"]["probability"] < 0.8
     assert record["pixels"]["near_copies"] == 1.0
+    assert record["verdict"] == FAILED
+
+
+def test_a_plain_film_is_no_near_copy(spaces: dict) -> None:
+    """The mean film is nearer to training films than nearly any held-out film is, and as near to held-out ones."""
+    train, held_out = (spaces[name]["pixels"] for name in ("pool", "held_out"))
+    mean = spaces["the mean film"]["pixels"][:1]
+    assert nearest_neighbours(mean, train)[0] < nearest_neighbours(held_out, train)[0].quantile(0.1)
+    assert not is_near_copy(mean, train, held_out, HELD_OUT).any()
+    assert is_near_copy(train[:9], train, held_out, HELD_OUT).all()
 
 
 def test_halves_of_real_films_are_as_near_to_one_another_as_generated_ones_that_are_real(spaces: dict) -> None:
@@ -146,20 +158,26 @@ def test_fewer_films_than_features_have_no_frechet_distance_but_a_kernel_distanc
     figures = set_figures(a, b)
     assert figures["frechet"] is None
     assert abs(figures["kernel"]) < 3 * figures["kernel_error"]
-    compared = compare_sets(a, {"generated": b}, b, [str(i) for i in range(60)], seed=0)
+    patients = [str(i) for i in range(60)]
+    compared = compare_sets(a, patients, {"generated": b}, b, patients, seed=0)
     assert compared["real"]["frechet"] is compared["real_sd"]["frechet"] is None
     assert (compared["real_sd"]["kernel"], compared["too_good"]) == (None, []), "of a pool of one set nothing spreads"
     with pytest.raises(ValueError, match="two of one size"):
         set_figures(a, b[:50])
-    assert compare_sets(a[:2], {"generated": b}, b, [str(i) for i in range(60)], seed=0) is None
+    assert compare_sets(a[:2], patients[:2], {"generated": b}, b, patients, seed=0) is None
 
 
-def test_the_floor_is_of_whole_patients() -> None:
-    """Two films of a patient are alike: were they drawn one by one, the floor would hold fewer pairs than the set."""
+@pytest.mark.parametrize(("films_each", "expected"), [(1, 20), (5, 4), (10, 4)])
+def test_the_floor_is_of_as_many_patients_as_the_reference(films_each: int, expected: int) -> None:
+    """Two films of a patient are alike: a floor of fewer patients than the reference would be farther, of more nearer.
+
+    A patient of the pool has five films: where the reference has ten of each of two, those of two more are taken.
+    """
     generator = torch.Generator().manual_seed(0)
     patients = torch.randn(40, 1, 4, generator=generator)
     pool = (patients + 0.01 * torch.randn(40, 5, 4, generator=generator)).flatten(0, 1)
     reference = torch.randn(20, 4, generator=generator)
+    of_reference = [str(i // films_each) for i in range(20)]
     whose = [str(i // 5) for i in range(200)]
     drawn = []
     original = set_figures
@@ -170,15 +188,16 @@ def test_the_floor_is_of_whole_patients() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.realism.set_figures", spy)
-        compare_sets(reference, {}, pool, whose, seed=0)
-    assert drawn == [4] * 10
+        compare_sets(reference, of_reference, {}, pool, whose, seed=0)
+    assert drawn == [expected] * 10
 
 
 def test_the_floors_spread_is_that_of_sets_that_share_no_film() -> None:
     generator = torch.Generator().manual_seed(0)
     pool, reference = torch.randn(2000, 3, generator=generator), torch.randn(40, 3, generator=generator)
     apart = [set_figures(reference, films)["kernel"] for films in pool.split(40)]
-    small = compare_sets(reference, {}, pool[:100], [str(i) for i in range(100)], seed=0)
+    patients = [str(i) for i in range(100)]
+    small = compare_sets(reference, patients[:40], {}, pool[:100], patients, seed=0)
     assert small["real_sd"]["kernel"] == pytest.approx(torch.tensor(apart).std().item(), rel=0.6)
 
 
@@ -188,6 +207,9 @@ def test_films_of_one_caption_are_as_alike_as_their_pairs(films: torch.Tensor) -
     assert same["mean"] == pytest.approx(1) and same["pairs"] == 4
     assert other["interval"][0] <= other["mean"] <= other["interval"][1] < 0.9
     assert pair_similarity(films[:2], films[2:4], ["a", "a"], seed=0)["interval"] is None
+    uneven = pair_similarity(films[[0, 0, 0, 4]], films[[0, 0, 0, 8]], ["a", "a", "a", "b"], seed=0)
+    assert uneven["mean"] == pytest.approx((1 + pair_similarity(films[[4]], films[[8]], ["b"], seed=0)["mean"]) / 2)
+    assert (uneven["pairs"], uneven["groups"]) == (4, 2)
 
 
 def test_thumbnails_see_copies_whatever_their_brightness(films: torch.Tensor) -> None:

@@ -22,7 +22,8 @@ from utils.release import (
     why_not_upload,
 )
 
-SPACE = {"probability": 0.512, "interval": [0.48, 0.544], "near_copies": 0.0125}
+SPACE = {"probability": 0.512, "interval": [0.48, 0.544], "near_copies": 0.0125, "near_copies_interval": [0.007, 0.021],
+         "near_copies_expected": 0.012}  # fmt: skip
 AUDIT = {"features": SPACE, "pixels": SPACE, "generated": 1000, "references": 500, "training_films": 2345,
          "verdict": PASSED}  # fmt: skip
 
@@ -35,19 +36,25 @@ def evaluated(run_dir: Path, audit: dict = AUDIT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "generated", "intervals", "expected"),
+    ("references", "patients", "intervals", "copies", "expected"),
     [
-        (500, 500, [(0.4, 0.55), (0.5, 0.6)], PASSED),
-        (500, 500, [(0.4, 0.55), (0.5, 0.601)], UNDECIDED),
-        (499, 600, [(0.4, 0.55), (0.4, 0.55)], TOO_FEW),
-        (600, 499, [(0.4, 0.55), (0.4, 0.7)], TOO_FEW),
-        (500, 500, [(0.4, 0.55), (0.551, 0.7)], FAILED),
-        (20, 40, [(0.4, 0.9), (0.7, 1.0)], FAILED),  # it takes few films to see that
-        (19, 38, [(0.4, 0.9), (0.7, 1.0)], TOO_FEW),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.0, PASSED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.601)], 0.0, UNDECIDED),
+        (499, 499, [(0.4, 0.55), (0.4, 0.7)], 0.0, TOO_FEW),
+        (499, 500, [(0.4, 0.55), (0.4, 0.55)], 0.0, UNDECIDED),  # --max_films 499 opens no gate
+        (500, 900, [(0.4, 0.55), (0.551, 0.7)], 0.0, FAILED),
+        (20, 20, [(0.4, 0.9), (0.7, 1.0)], 0.0, FAILED),  # it takes few films to see that
+        (19, 19, [(0.4, 0.9), (0.7, 1.0)], 0.0, TOO_FEW),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.036, PASSED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.037, FAILED),  # copies of films that were not asked for
+        (20, 20, [(0.4, 0.55), (0.5, 0.6)], 0.037, FAILED),
     ],
 )
-def test_upper_ends_let_pass_and_lower_ends_convict(references, generated, intervals, expected) -> None:
-    assert verdict(references, generated, intervals) == expected
+def test_upper_ends_let_pass_and_lower_ends_convict(references, patients, intervals, copies, expected) -> None:
+    spaces = [
+        {"interval": ends, "near_copies_interval": (copies, 1.0), "near_copies_expected": 0.012} for ends in intervals
+    ]
+    assert verdict(references, patients, spaces) == expected
 
 
 def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
@@ -61,6 +68,9 @@ def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / DECODER_NAME).unlink()
     (tmp_path / WEIGHTS_NAME).write_bytes(b"another, trained since")
     assert f"evaluate.py --lora {tmp_path}, then the same command again" in why_not_upload(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"one")
+    evaluated(tmp_path, AUDIT | {"pixels": {"probability": 0.512, "interval": [0.48, 0.544], "near_copies": 0.0125}})
+    assert read_audit(tmp_path) is None, "an earlier version's"
     for damage in ("{", "[]", "{}", '{"adapter": 3}'):
         (tmp_path / EVALUATION).write_text(damage)
         assert read_audit(tmp_path) is None
@@ -69,7 +79,7 @@ def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
 def test_the_words_hold_every_number() -> None:
     words = in_words(AUDIT)
     for text in ("passed", "1000 generated", "500 training patients", "0.512 [0.480, 0.544] in features", "in pixels",
-                 "2345 training films", "1.2% in features"):  # fmt: skip
+                 "2345 training films", "1.2% [0.7%, 2.1%] in features", "up to 1.2% is expected"):  # fmt: skip
         assert text in words, text
     assert "has not been asked" in in_words(None)
 

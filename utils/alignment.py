@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from utils.captions import VIEW_NAMES
 from utils.distances import weighted_auroc
 from utils.folds import patient_of
 from utils.seeding import derive_seed
@@ -65,6 +66,17 @@ def assertions(rows: Sequence[dict]) -> list[dict[str, bool]]:
             told[AGE_LABEL] = int(years[1]) >= OLD
         asserted.append(told)
     return asserted
+
+
+def views_of(rows: Sequence[dict], asserted: Sequence[dict[str, bool]]) -> list[str | None]:
+    """Return each film's view: the table's, else as its caption says, None where neither does.
+
+    Args:
+        rows: of `metadata.jsonl`.
+        asserted: of them, from `assertions`.
+    """
+    said = {True: "AP", False: "PA", None: None}
+    return [VIEW_NAMES.get(row.get("view"), said[told.get(VIEW)]) for row, told in zip(rows, asserted, strict=True)]
 
 
 def is_finding(label: str) -> bool:
@@ -219,12 +231,14 @@ class Asked:
         asserted: by label, of N films; films without a label are not asked.
         patients: whose they are, [N].
         folds: which fold they are of, [N]; None: all of one.
+        views: of what view they are, [N], None where that is not known; None: of no film.
         seed: of the bootstrap, which draws the same patients for whatever is scored.
     """
 
     asserted: Sequence[dict[str, bool]]
     patients: Sequence[str]
     folds: Sequence[int] | None = None
+    views: Sequence[str | None] | None = None
     seed: int = 0
 
     def areas(self, scores: dict[str, np.ndarray], label: str) -> tuple[float, np.ndarray]:
@@ -257,13 +271,18 @@ class Asked:
     def _folds(self) -> np.ndarray:
         return np.zeros(len(self.patients), dtype=int) if self.folds is None else np.asarray(self.folds)
 
-    def within(self, label: str) -> "Asked | None":
-        """Return the same films, compared only with those of one answer about a label; None where all have the same."""
-        answers = [of.get(label) for of in self.asserted]
-        if len(set(answers)) == 1:
+    def within_view(self) -> "Asked | None":
+        """Return the same films, each compared only with those of its view, and not at all where that is not known.
+
+        None where there are not two views.
+        """
+        views = self.views or [None] * len(self.patients)
+        if len(set(views) - {None}) < 2:
             return None
-        strata = list(zip(self._folds.tolist(), answers, strict=True))
-        return replace(self, folds=[sorted(set(strata), key=str).index(stratum) for stratum in strata])
+        strata = list(zip(self._folds.tolist(), views, strict=True))
+        places = {stratum: place for place, stratum in enumerate(sorted(set(strata), key=str))}
+        asserted = [of if view else {} for of, view in zip(self.asserted, views, strict=True)]
+        return replace(self, asserted=asserted, folds=[places[stratum] for stratum in strata])
 
     def told(self, label: str, scores: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the films that are asked about a label and scored, and the answers."""
@@ -288,11 +307,16 @@ class Asked:
         return [label for label in scores if is_finding(label) and self.has_interval(label, scores)]
 
     def mean_auroc(self, scores: dict[str, np.ndarray]) -> dict | None:
-        """Return the mean over `findings`, its interval, and their number; None without one."""
+        """Return the mean over `findings`, its interval, and their number; None without one.
+
+        `mean` and `interval` are None where films of one of them do not compare, as where it goes with the view.
+        """
         findings = self.findings(scores)
         if not findings:
             return None
         areas, resampled = zip(*(self.areas(scores, label) for label in findings), strict=True)
+        if np.isnan(areas).any():
+            return {"mean": None, "interval": None, "findings": len(findings)}
         return {
             "mean": float(np.mean(areas)), "interval": _ends(np.mean(resampled, axis=0)), "findings": len(findings)
         }  # fmt: skip
@@ -330,8 +354,8 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     Returns:
         By label, and as `mean` over `Asked.findings` (None without one): by kind the AUROC, as `Asked.auroc` has it;
         `shuffled`, the floor of generated films; `new_captions`: generated films whose caption is new, None where too few
-        assert it, of the mean where that is so of any finding; `within_view`: "generated" and "real" films compared with
-        those of the same view only, as findings go with views, None where all have one. By label also the numbers `films`, `positive` and `new`.
+        assert it, of the mean where that is so of any finding, here and in what follows; `within_view`: "generated" and "real" films compared with
+        those of the same view only, as findings go with views, None where there are not two. By label also the numbers `films`, `positive` and `new`.
         {} without labels.
     """
     labels = list(scores["generated"])
@@ -340,12 +364,12 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     new = [i for i, flag in enumerate(is_new) if flag]
     asked_new = Asked(
         [asked.asserted[i] for i in new], [asked.patients[i] for i in new],
-        None if asked.folds is None else [asked.folds[i] for i in new], asked.seed,
+        None if asked.folds is None else [asked.folds[i] for i in new], seed=asked.seed,
     )  # fmt: skip
     readable = set(labels_in_all((asked_new.asserted, asked_new.patients)))
     of_new = {label: of[new] for label, of in scores["generated"].items() if label in readable}
     floors, floor = asked.shuffled(scores["generated"])
-    of_view = asked.within(VIEW)
+    of_view = asked.within_view()
     by_label = {}
     for label in labels:
         told, truth = asked.told(label, scores["generated"])
@@ -360,7 +384,10 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
         mean = {kind: asked.mean_auroc(of) for kind, of in scores.items()} | {"shuffled": floor}
         complete = asked_new.findings(of_new) == asked.findings(scores["generated"])
         mean["new_captions"] = asked_new.mean_auroc(of_new) if complete else None
-        mean["within_view"] = of_view and {kind: of_view.mean_auroc(scores[kind]) for kind in ("generated", "real")}
+        complete = of_view and of_view.findings(scores["real"]) == asked.findings(scores["real"])
+        mean["within_view"] = (
+            {kind: of_view.mean_auroc(scores[kind]) for kind in ("generated", "real")} if complete else None
+        )
     return {"labels": by_label, "mean": mean}
 
 
@@ -382,7 +409,8 @@ def agreement_gain(asked: Asked, one: dict[str, np.ndarray], other: dict[str, np
         ]
         for label in common
     }
-    certain = {label: asked.has_interval(label, one) for label in common}
+    gains = {label: of for label, of in gains.items() if not np.isnan(of[0])}  # films that compare, of both kinds
+    common, certain = list(gains), {label: asked.has_interval(label, one) for label in gains}
     if findings := asked.findings({label: one[label] for label in common}):
         mean = [np.mean(part, axis=0) for part in zip(*(gains[label] for label in findings), strict=True)]
         gains = {"mean over findings": mean} | gains
@@ -437,8 +465,9 @@ def compare_pairs(
 
     Returns:
         By finding, and over all as `all`: `pairs`, and the number of films without findings in them, `counterparts`;
-        `generated` and `real`, the share as `mean`, ties counted half, and its 95 % `interval` (Wilson 1927, over
-        patients). Of a pair with several findings `all` takes their mean. Chance is 0.5. {} where nothing can be read.
+        `generated` and `real`, the share as `mean`, ties counted half, and its 95 % `interval` (Wilson 1927, over the
+        patients of either side, of which there are fewer: pairs share films without findings). Of a pair with several findings
+        `all` takes their mean. Chance is 0.5. {} where nothing can be read.
     """
     values: dict[str, list[tuple[int, float, float]]] = {}  # by finding: pair, share of generated, share of real
     for place, (i, j) in enumerate(pairs):
@@ -457,11 +486,11 @@ def compare_pairs(
     figures = {}
     for name, of in values.items():
         places = [place for place, *_ in of]
-        patients = [patient_of(rows[pairs[place][0]]) for place in places]
+        patients = min(len({patient_of(rows[pairs[place][side]]) for place in places}) for side in (0, 1))
         figures[name] = {"pairs": len(of), "counterparts": len({pairs[place][1] for place in places})}
         for column, kind in ((1, "generated"), (2, "real")):
             share = float(np.mean([part[column] for part in of]))
-            figures[name][kind] = {"mean": share, "interval": wilson(share, len(set(patients)))}
+            figures[name][kind] = {"mean": share, "interval": wilson(share, patients)}
     return figures
 
 

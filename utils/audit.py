@@ -2,8 +2,8 @@
 
 A model that only learnt what chest films look like draws films as near to patients it was trained on as to others: the
 share of generated films that lie nearer to training is 0.5, whatever the features. A film that its own caption brings
-back is nearer to training for sure. Copies of films that were not asked for show as near copies, among all training
-films. The same is asked in the encoder's features, where films of like patients are near, and in pixels, where
+back is nearer to training for sure. Copies of films that were not asked for, and few among many, show as near copies, among all
+training films. The same is asked in the encoder's features, where films of like patients are near, and in pixels, where
 copies are.
 """
 
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from utils.distances import auroc, memorisation, nearest_neighbours
 from utils.release import verdict
 
+COPY_QUANTILE = 0.01  # of held-out films that are nearer to training than a near copy
 LEAST_CAPTIONS = 10  # of training and of others
 NOISES = 4  # that a caption's pull is the mean over
 
@@ -26,6 +28,8 @@ def audit(
     held_out: dict[str, Tensor],
     all_train: dict[str, Tensor],
     all_held_out: dict[str, Tensor],
+    patients: Sequence[str],
+    num_patients: int,
     seed: int,
 ) -> dict:
     """Audit generated films in each space that films were measured in.
@@ -34,27 +38,51 @@ def audit(
         generated: features by space, [2 M, D] each, of a film from the caption of each of the real ones: neither side is
             then nearer for what its captions say, and a caption that brings its own film back is asked for it.
         train, held_out: the same of real films, one each of as many patients, [M, D].
-        all_train, all_held_out: of as many films of those sides as there are, [N, D] each.
+        all_train, all_held_out: of as many films of those sides as there are, [N, D] and [K, D].
+        patients: of all those held-out films, [K].
+        num_patients: of either side that there are, also where fewer are measured.
         seed: of the resampling.
 
     Returns:
-        As in `metrics.json`: by space `probability`, its 95 % `interval` and `near_copies`, the share of generated films
-        nearer to a training film than 99 % of held-out films are (0.01 is expected of films as varied as those, more of
-        plainer ones); then `generated`, `references` and `training_films`, the numbers 2 M, M and N, and the `verdict`.
+        As in `metrics.json`: by space `probability` and its 95 % `interval`; `near_copies`, as `is_near_copy` tells them, a share
+        of the generated films with its `near_copies_interval` (Wilson 1927), and `near_copies_expected`, the most that is
+        expected without memorisation; then `generated`, `references` and `training_films`, the numbers 2 M, M and N, and the
+        `verdict`.
     """
+    num_held_out = len(patients)
     record: dict = {}
     for space, films in generated.items():
         found = memorisation(films, train[space], held_out[space], seed)
-        of_held_out, _ = nearest_neighbours(all_held_out[space], all_train[space])
-        of_generated, _ = nearest_neighbours(films, all_train[space])
+        copies = is_near_copy(films, all_train[space], all_held_out[space], patients)
+        ends = binomtest(int(copies.sum()), len(copies)).proportion_ci(method="wilson")
         record[space] = {
             "probability": found.probability, "interval": list(found.interval),
-            "near_copies": (of_generated < of_held_out.quantile(0.01)).double().mean().item(),
+            "near_copies": copies.double().mean().item(), "near_copies_interval": list(ends),
+            # Of exchangeable films so many are below that quantile, which lies between two of few held-out films
+            "near_copies_expected": (1 + COPY_QUANTILE * (num_held_out - 1)) / (num_held_out + 1),
         }  # fmt: skip
         record |= {"generated": found.num_generated, "references": found.num_references}
         record |= {"training_films": len(all_train[space])}
-    intervals = [record[space]["interval"] for space in generated]
-    return record | {"verdict": verdict(record["references"], record["generated"], intervals)}
+    found_in = [record[space] for space in generated]
+    return record | {"verdict": verdict(record["references"], num_patients, found_in)}
+
+
+def is_near_copy(generated: Tensor, train: Tensor, held_out: Tensor, patients: Sequence[str]) -> Tensor:
+    """Return which films are nearer to training than 99 % of held-out films are, bool [N].
+
+    And nearer also for how far they are from held-out films, where those are measured by their distance to others of other
+    patients: a plain film is near to everything.
+
+    Args:
+        generated, train, held_out: features, [N, D], [M, D], [K, D].
+        patients: whose the held-out films are, [K].
+    """
+    _, whose = np.unique(np.asarray(patients), return_inverse=True)
+    of_generated, of_held_out = (nearest_neighbours(films, train)[0] for films in (generated, held_out))
+    to_others, _ = nearest_neighbours(held_out, held_out, torch.from_numpy(whose))
+    ratios = torch.nan_to_num(of_generated / nearest_neighbours(generated, held_out)[0], nan=1.0)
+    usual = torch.nan_to_num(of_held_out / to_others, nan=1.0)  # 0 / 0: as near to both as can be
+    return (of_generated < of_held_out.quantile(COPY_QUANTILE)) & (ratios < usual.quantile(COPY_QUANTILE))
 
 
 def suspects(generated: Tensor, train: Tensor, held_out: Tensor, count: int) -> list[tuple[int, int, float]]:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ from scipy.stats import wilcoxon
 
 from utils.alignment import Asked, is_finding
 from utils.figures import gain_of
-from utils.files import read_jsonl
+from utils.files import read_jsonl, sha256_file
 from utils.metrics import bootstrap_interval
 from utils.refusal import Refused
+from utils.release import WEIGHTS_NAME
 from utils.validation import HEADLINE
 
 
@@ -21,7 +22,8 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
     """Return the evaluations of all folds of one cross-validation: their figures, their films, and their folders.
 
     Raises:
-        Refused: for fewer than two, for folds that were evaluated unlike, or that hold a film in common.
+        Refused: for fewer than two, for folds that were evaluated unlike, before they were trained anew, or that hold a film
+            in common.
     """
     evaluations = sorted(out.glob("fold*/evaluation/metrics.json"))
     if len(evaluations) < 2:
@@ -33,8 +35,11 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
         if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
     for path, fold in zip(evaluations, folds, strict=True):
+        adapter = path.parents[1] / WEIGHTS_NAME
+        if adapter.is_file() and sha256_file(adapter) != fold["adapter"]["sha256"]:
+            raise Refused(f"{path.parent} is of another adapter than the one beside it; evaluate that fold again")
         whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "alignment" not in fold or not whole:
+        if "max_films" not in fold["sampling"] or not whole:
             raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
@@ -57,8 +62,8 @@ def read_readings(folders: Sequence[Path]) -> list[dict]:
 
 def asked_of(readings: Sequence[dict], seed: int) -> Asked:
     """Return the films of all folds and what is asked about them."""
-    asserted, patients, folds = ([row[name] for row in readings] for name in ("asserted", "patient_id", "fold"))
-    return Asked(asserted, patients, folds, seed)
+    columns = ([row[name] for row in readings] for name in ("asserted", "patient_id", "fold", "view"))
+    return Asked(*columns, seed)
 
 
 def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
@@ -93,11 +98,39 @@ def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
     return columns
 
 
-def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> dict:
+def unlike_figures(one: dict, other: dict) -> dict[str, str]:
+    """Return which figures of films mean something else in two evaluations, and why: "mse", "ssim", "psnr", "ms_ssim".
+
+    Args:
+        one, other: `metrics.json` of a fold of each.
+    """
+    schedules, predicted = (
+        [tuple(fold["settings"].get(name) for name in names) for fold in (one, other)]
+        for names in (("rescale_betas_zero_snr",), ("revision", "variant", "prediction_type"))
+    )
+    if schedules[0] != schedules[1]:
+        reason = (
+            "the two have other noise schedules (rescale_betas_zero_snr), in which a timestep is another noise level"
+        )
+        return dict.fromkeys(("mse", "ssim", "psnr", "ms_ssim"), reason)
+    if predicted[0] != predicted[1] or one["base"] != other["base"]:
+        return {"mse": "the two predict something else (base, revision, variant or prediction_type)"}
+    return {}
+
+
+def same_readings(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Return whether real films are read alike in two evaluations, by label [N]: else their probes differ."""
+    return one.keys() == other.keys() and all(
+        np.allclose(of, other[label], rtol=1e-4, atol=1e-4, equal_nan=True) for label, of in one.items()
+    )
+
+
+def compare_runs(films: Sequence[dict], others: Sequence[dict], unlike: Collection[str], seed: int) -> dict:
     """Compare two cross-validations film by film: does the first do better than the second, on the same patients?
 
     Args:
         films, others: rows of `films.jsonl` of all folds.
+        unlike: figures to leave out, from `unlike_figures`.
         seed: of the bootstrap.
 
     Returns:
@@ -120,6 +153,8 @@ def compare_runs(films: Sequence[dict], others: Sequence[dict], seed: int) -> di
     record: dict = {"films": len(films), "patients": int(whose.max()) + 1, "figures": {}}
     for name in [name for name in films[0] if name.startswith("adapter/")]:
         metric = name.removeprefix("adapter/")
+        if metric.split("/")[0] in unlike:
+            continue
         gains = [gain_of(metric, row[name], other_of[row["file_name"]][name]) for row in films]
         by_patient = np.bincount(whose, weights=gains) / np.bincount(whose)
         low, high = bootstrap_interval(gains, patients, seed)

@@ -81,17 +81,23 @@ def _kernel_diagonal(a: Tensor) -> Tensor:
     return torch.cat([(rows.double().square().mean(dim=1) + 1) ** 3 for rows in a.split(CHUNK)])
 
 
-def nearest_neighbours(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(query: Tensor, reference: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the Euclidean distance of each row of `query` to the nearest of `reference`, and its index.
 
     Args:
         query, reference: features, [N, D] and [M, D].
+        groups: of rows of one and the same set, int [N]; the nearest of another group is looked for.
 
     Returns:
-        float64 [N] and int64 [N]; of equally near ones the first.
+        float64 [N] and int64 [N]; of equally near ones the first. Infinite where there is no other group.
     """
     query, reference = _as_features(query, reference)
-    found = [_distances(rows, reference).min(dim=1) for rows in query.split(CHUNK)]
+    found = []
+    for start, rows in zip(range(0, len(query), CHUNK), query.split(CHUNK), strict=True):
+        distances = _distances(rows, reference)
+        if groups is not None:
+            distances.masked_fill_(groups[start : start + CHUNK, None] == groups, torch.inf)
+        found.append(distances.min(dim=1))
     return torch.cat([nearest.values for nearest in found]), torch.cat([nearest.indices for nearest in found])
 
 

@@ -29,14 +29,14 @@ FOLLOWED_NOTE = (
     "in films prompted with another one. Ceiling: it reads it in films of the set that show it, after the autoencoder. It "
     "saw neither these films nor this adapter, but learnt findings that the same program drew into other films; where it "
     "says yes is calibrated on the training films. Nodules and masses are read under one label, zones are not read. 95 % "
-    "intervals over films (Wilson)."
+    "intervals over films (Wilson): of other noise, not of other captions, which come again and again."
 )
 DISTRIBUTION_NOTE = (
     "Distances of a set of films from the held-out ones, in features of an encoder; they compare with one another only. "
     "Frechet: between Gaussians fitted to both sets, biased upwards by few films, so that sets are of one size. Kernel: unbiased, "
-    "0 between equal distributions, with its standard error. Precision: share of generated films within the reach of real "
+    "0 between equal distributions of unrelated films, with its standard error by film. Precision: share of generated films within the reach of real "
     "ones; recall: the reverse; density and coverage: the same, less moved by stray films. Other real films: of "
-    "training patients, mean and standard deviation of ten draws."
+    "training patients, as many of each as there are held-out ones, mean and standard deviation of ten draws."
 )
 TOO_GOOD_NOTE = (
     "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations: "
@@ -51,14 +51,14 @@ ALIGNMENT_NOTE = (
     "Area under the ROC curve (0.5: chance) of linear probes, logistic regressions fitted on the training patients' real films, "
     "which read what is known of held-out films: in films generated from their captions, in the real films (the ceiling: no "
     "film need show more), and in generated films beside the captions of others (the floor; the middle 95 % of 200 shuffles). "
-    "Within one view: only films of one view are compared, as findings go with views. 95 % intervals by patient, none with fewer "
+    "Within one view: only films of one known view are compared, as findings go with views. 95 % intervals by patient, none with fewer "
     "than 10 patients of a kind; one without width says that the kinds are apart, not that more films would be. Findings are the "
     "table's, whether a caption names them or not; man, AP, left and age are the caption's own words."
 )
 PAIRS_NOTE = (
     "Two captions of held-out films, as alike in view, sex and age as there are, one with findings and one without, drawn from "
     "the same noise: how often the finding is read more strongly where it was asked for (chance 0.5), and how often between "
-    "the two real films. 95 % intervals over patients (Wilson)."
+    "the two real films. 95 % intervals (Wilson) over the patients with findings, or those without where they are fewer."
 )
 TSTR_NOTE = (
     "AUROC on held-out real films of classifiers that were fitted on so many real films of training patients, on as many "

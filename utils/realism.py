@@ -35,15 +35,20 @@ def set_figures(reference: Tensor, films: Tensor) -> dict[str, float | None]:
 
 
 def compare_sets(
-    reference: Tensor, sets: dict[str, Tensor], pool: Tensor, pool_patients: Sequence[str], seed: int
+    reference: Tensor,
+    patients: Sequence[str],
+    sets: dict[str, Tensor],
+    pool: Tensor,
+    pool_patients: Sequence[str],
+    seed: int,
 ) -> dict | None:
     """Compare sets of films with held-out films, and with them, as the floor, other real films in their place.
 
-    All sets are brought to one size, which leaves out films by chance. For the floor whole patients are drawn from the
-    pool until there are as many films, ten times.
+    All sets are brought to one size, which leaves out films by chance. For the floor as many films of as many patients as
+    the reference has are drawn from the pool, ten times: films of one patient are alike.
 
     Args:
-        reference: features of the held-out films, [N, D].
+        reference, patients: features of the held-out films and whose they are, [N, D] and [N].
         sets: features of others by name, [N, D] each.
         pool, pool_patients: features and patients of real films of yet other patients, [M, D] and [M].
         seed: of the draws.
@@ -58,17 +63,14 @@ def compare_sets(
     if size < 3:
         return None
     generator = np.random.default_rng(derive_seed(seed, "floor"))
-    patients = np.asarray(pool_patients)
-    reference, *others = (
-        films[np.sort(generator.permutation(len(films))[:size])] for films in (reference, *sets.values())
-    )
-    sets = dict(zip(sets, others, strict=True))
+    kept, *of_sets = (np.sort(generator.permutation(len(films))[:size]) for films in (reference, *sets.values()))
+    num_patients = len({patients[place] for place in kept})
+    reference = reference[kept]
+    sets = {name: films[places] for (name, films), places in zip(sets.items(), of_sets, strict=True)}
     draws = []
     for _ in range(FLOOR_DRAWS):
-        order = generator.permutation(np.unique(patients))
-        rank = {patient: place for place, patient in enumerate(order)}
-        places = np.argsort([rank[patient] for patient in patients], kind="stable")[:size]
-        draws.append(set_figures(reference, pool[np.sort(places)]))
+        places = _draw_alike(pool_patients, num_patients, size, generator)
+        draws.append(set_figures(reference, pool[places]))
     real, real_sd = _mean_and_spread(draws)
     figures = {name: set_figures(reference, films) for name, films in sets.items()}
     too_good = []
@@ -84,6 +86,18 @@ def compare_sets(
         "films": size, "features": reference.shape[1], **figures, "real": real, "real_sd": real_sd,
         "too_good": too_good,
     }  # fmt: skip
+
+
+def _draw_alike(patients: Sequence[str], num_patients: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Return places of `size` films: one of each of so many patients, then more of theirs, then of others where these are few."""
+    names, whose = np.unique(np.asarray(patients), return_inverse=True)
+    rank = generator.permutation(len(names))[whose]  # by film, of its patient
+    order = generator.permutation(len(whose))
+    is_first = np.zeros(len(whose), dtype=bool)
+    is_first[order[np.unique(whose[order], return_index=True)[1]]] = True
+    chosen = rank < num_patients
+    turn = np.where(chosen, np.where(is_first, -2, -1), rank)
+    return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
 
 
 def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], seed: int) -> dict | None:
@@ -138,12 +152,17 @@ def pair_similarity(films: Tensor, others: Tensor, groups: Sequence[str], seed: 
 
     Args:
         films, others: uint8 [P, H, W] each.
-        groups: what makes pairs alike, such as their prompt or patient, [P]: those of one are drawn together.
-        seed: of the bootstrap.
+        groups: what makes pairs alike, such as their prompt or patient, [P]: each counts once, whatever its number of pairs.
+        seed: of the bootstrap over groups.
 
     Returns:
-        `mean`, in [0, 1], its `interval`, None for a single group, and the number of `pairs`.
+        `mean`, in [0, 1], its `interval`, None for a single group, and the numbers of `pairs` and `groups`.
     """
-    values = in_batches(ms_ssim, films, others).tolist()
-    low, high = bootstrap_interval(values, groups, seed)
-    return {"mean": statistics.fmean(values), "interval": None if np.isnan(low) else [low, high], "pairs": len(values)}
+    values = in_batches(ms_ssim, films, others).double().numpy()
+    names, whose = np.unique(np.asarray(groups), return_inverse=True)
+    of_groups = (np.bincount(whose, weights=values) / np.bincount(whose)).tolist()
+    low, high = bootstrap_interval(of_groups, names.tolist(), seed)
+    return {
+        "mean": statistics.fmean(of_groups), "interval": None if np.isnan(low) else [low, high],
+        "pairs": len(values), "groups": len(names),
+    }  # fmt: skip

@@ -14,24 +14,29 @@ EVALUATION = Path("evaluation") / "metrics.json"
 LEAST_FILMS = 500  # generated, and real of training and held-out patients, one each, that it takes to pass
 HIGHEST_SHARE = 0.6  # that the upper end of an interval may reach to pass
 SHOWN_SHARE = 0.55  # a lower end beyond it is memorisation
+MOST_COPIES = 3  # times the near copies that are expected: a lower end beyond it is memorisation, too
 FEWEST = 20  # real films of either side, below which not even that is said: one odd film may be nearest to all others
 TOO_FEW, PASSED, FAILED, UNDECIDED = "too few films to say", "passed", "it memorises", "memorisation is not ruled out"
 NOT_TO_UPLOAD = (FAILED, UNDECIDED)
 
 
-def verdict(num_references: int, num_generated: int, intervals: Sequence[tuple[float, float]]) -> str:
+def verdict(num_references: int, num_patients: int, spaces: Sequence[dict]) -> str:
     """Return what an audit says: TOO_FEW, PASSED, FAILED or UNDECIDED.
 
+    A copy of the film that was asked for moves the share nearer to training. One of another film of training does not, where
+    its patient is not among the references, nor is the share of one in ten felt there: near copies show both.
+
     Args:
-        num_references: real films of either side, one a patient.
-        num_generated: films asked about.
-        intervals: of the share nearer to training, in every space, each (low, high) in [0, 1].
+        num_references: real films of either side, one a patient; twice as many generated films are asked about.
+        num_patients: of either side that there are. Where `--max_films` left out some, that is no reason to let pass.
+        spaces: by space `interval`, of the share nearer to training, `near_copies_interval`, and `near_copies_expected`.
     """
-    lows, highs = zip(*intervals, strict=True)
-    if max(lows) > SHOWN_SHARE and num_references >= FEWEST:
+    lows, highs = zip(*(of["interval"] for of in spaces), strict=True)
+    copies = any(of["near_copies_interval"][0] > MOST_COPIES * of["near_copies_expected"] for of in spaces)
+    if (max(lows) > SHOWN_SHARE or copies) and num_references >= FEWEST:
         return FAILED
-    if min(num_references, num_generated) < LEAST_FILMS:
-        return TOO_FEW
+    if num_references < LEAST_FILMS:
+        return TOO_FEW if num_patients < LEAST_FILMS else UNDECIDED
     return PASSED if max(highs) <= HIGHEST_SHARE else UNDECIDED
 
 
@@ -39,7 +44,8 @@ def read_audit(run_dir: Path) -> dict | None:
     """Return the memorisation audit that evaluate.py made of what lies in a run's folder.
 
     Returns:
-        As in `metrics.json`; None where there is none, or where it is of another adapter, another decoder, or damaged.
+        As in `metrics.json`; None where there is none, or where it is of another adapter, another decoder, an earlier version
+        that did not ask for as much, or damaged.
     """
     evaluation = run_dir / EVALUATION
     try:
@@ -47,7 +53,8 @@ def read_audit(run_dir: Path) -> dict | None:
         audited = metrics["adapter"]["sha256"], metrics.get("vae_decoder", {}).get("sha256")
         there = [run_dir / name for name in (WEIGHTS_NAME, DECODER_NAME)]
         is_current = audited == tuple(sha256_file(path) if path.is_file() else None for path in there)
-        return metrics["memorisation"] if is_current else None
+        is_whole = all("near_copies_interval" in metrics["memorisation"][space] for space in ("features", "pixels"))
+        return metrics["memorisation"] if is_current and is_whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -72,13 +79,18 @@ def in_words(audit: dict | None) -> str:
         "{:.3f} [{:.3f}, {:.3f}] in {}".format(of["probability"], *of["interval"], space)
         for space, of in spaces.items()
     )
-    copies = " and ".join(f"{of['near_copies']:.1%} in {space}" for space, of in spaces.items())
+    copies = " and ".join(
+        "{:.1%} [{:.1%}, {:.1%}] in {}".format(of["near_copies"], *of["near_copies_interval"], space)
+        for space, of in spaces.items()
+    )
+    expected = spaces["pixels"]["near_copies_expected"]
     return (
         f"Memorisation audit: {audit['verdict']}. Of {audit['generated']} generated films, half of them from the captions of "
         f"{audit['references']} training patients, half from those of as many held-out ones, the share nearer to the former "
-        f"is {shares}; 0.5 is expected where none is copied. Nearer to one of {audit['training_films']} training films than "
-        f"99 % of held-out films are: {copies}. To pass takes {LEAST_FILMS} patients each and upper ends up to {HIGHEST_SHARE}; "
-        f"a lower end beyond {SHOWN_SHARE} is memorisation.{_captions_in_words(audit.get('captions'))}"
+        f"is {shares}; 0.5 is expected where none is copied. Near copies, nearer to one of {audit['training_films']} training "
+        f"films than 99 % of held-out films are, also for how far they are from other held-out films: {copies}; up to {expected:.1%} is "
+        f"expected. To pass takes {LEAST_FILMS} patients each and upper ends up to {HIGHEST_SHARE}; a lower end beyond {SHOWN_SHARE}, or "
+        f"beyond {MOST_COPIES} times the near copies that are expected, is memorisation.{_captions_in_words(audit.get('captions'))}"
     )
 
 
@@ -88,7 +100,7 @@ def _captions_in_words(part: dict | None) -> str:
         return ""
     low, high = part["interval"]
     return (
-        f" Of {part['training']} training captions and {part['held_out']} that training never saw the former move the prediction "
+        f" Of {part['training']} captions of training and {part['held_out']} of others, each of a single film, the former move the prediction "
         f"from pure noise further in {part['probability']:.2f} [{low:.2f}, {high:.2f}] of pairs; 0.5 is expected where none "
         "is known by heart."
     )

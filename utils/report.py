@@ -390,7 +390,7 @@ def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
 
 def within_view(figures: dict) -> list[str]:
     part = figures["within_view"]
-    return [with_interval(part[kind], 2) if part else "one view only" for kind in ("generated", "real")]
+    return [with_interval(part[kind], 2) if part else "views not known, or one" for kind in ("generated", "real")]
 
 
 def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:

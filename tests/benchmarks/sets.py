@@ -86,11 +86,12 @@ def measure(size: int) -> dict:
     seconds["features"] = time.perf_counter() - start
     start = time.perf_counter()
     reference, generated, pool = (of["features"] for of in sets)
-    compare_sets(reference, {"generated": generated}, pool, [str(i) for i in range(size)], seed=0)
+    patients = [str(i) for i in range(size)]
+    compare_sets(reference, patients, {"generated": generated}, pool, patients, seed=0)
     seconds["distances"] = time.perf_counter() - start
     start = time.perf_counter()
     spaces = [{name: of[name] for name in ("features", "pixels")} for of in sets]
-    audit(spaces[1], spaces[2], spaces[0], spaces[2], spaces[0], seed=0)
+    audit(spaces[1], spaces[2], spaces[0], spaces[2], spaces[0], patients, size, seed=0)
     seconds["audit"] = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kept = sum(of[0].numel() * of.element_size() for of in sets[0].values())
