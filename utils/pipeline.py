@@ -150,13 +150,14 @@ def with_schedule(
     Raises:
         Refused: for zero SNR with "epsilon": noise predicted from noise alone says nothing about a film.
     """
-    config = dict(base.noise_scheduler.config)
-    config["prediction_type"] = prediction_type or config["prediction_type"]
+    config = base.noise_scheduler.config
+    # As keywords: in a configuration changed by hand, diffusers drops what the base's own file did not name
+    changes: dict = {"prediction_type": prediction_type or config.prediction_type}
     if rescale_betas_zero_snr:
-        if config["prediction_type"] != "v_prediction":
+        if changes["prediction_type"] != "v_prediction":
             raise Refused("--rescale_betas_zero_snr needs --prediction_type v_prediction; this base predicts epsilon")
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return replace(base, noise_scheduler=DDPMScheduler.from_config(config))
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return replace(base, noise_scheduler=DDPMScheduler.from_config(config, **changes))
 
 
 def _check_folder(folder: Path, variant: str | None) -> None:
