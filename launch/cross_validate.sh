@@ -34,7 +34,8 @@ IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 if [ "$gpus" -gt 1 ]; then
     mkdir -p "$out"
     workers=()
-    trap 'kill "${workers[@]}" 2>/dev/null; exit 130' INT TERM
+    set -m # a process group each, so that what a worker has started ends with it
+    trap 'kill -TERM -- "${workers[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
     for ((gpu = 0; gpu < gpus && gpu < ${#folds[@]}; gpu++)); do
         (
             export CUDA_VISIBLE_DEVICES=${devices[gpu]}
@@ -48,6 +49,7 @@ if [ "$gpus" -gt 1 ]; then
         ) &
         workers+=($!)
     done
+    set +m
     status=0
     for worker in "${workers[@]}"; do wait "$worker" || status=1; done
     [ $status -eq 0 ] || exit $status

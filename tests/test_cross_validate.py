@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ case "$*" in
     *device_count*) echo "${GPUS:-0}"; exit ;;
     launch/doctor.py*) [[ "$*" == *" --no_launcher --run "*/fold? ]] && echo "python train_lora.py --train_batch_size 8"; exit ;;
     *train_lora.py*) all="$*"; run=${all##*--output_dir }; run=${run%% *}
+        [ -z "${SLOW:-}" ] || { trap 'echo "left $run" >>calls.txt; exit 143' TERM; echo "began $run" >>calls.txt; sleep 1000 & wait; }
         [ "$run" != "${BROKEN:-}" ] || { echo "refused: that" >&2; exit 2; }
         mkdir -p "$run"; [ -e "$run/pytorch_lora_weights.safetensors" ] || touch "$run/pytorch_lora_weights.safetensors" ;;
     evaluate.py\\ --lora*) run=$3; mkdir -p "$run/evaluation"; touch "$run/evaluation/metrics.json" ;;
@@ -88,6 +90,25 @@ def test_an_upload_is_refused_at_the_door(checkout: Path) -> None:
     status, calls, error = cross_validate(checkout, "--rank", "4", "--push_to_hub")
     assert (status, calls) == (2, [])
     assert error.count("\n") == 1 and "evaluated adapter" in error
+
+
+def test_what_runs_on_the_gpus_is_told_to_leave_when_the_script_is(checkout: Path) -> None:
+    """A fold that went on without it would keep its GPU, and the next call from its folder."""
+    process = subprocess.Popen(
+        ["bash", checkout / "launch" / "cross_validate.sh"], cwd="/", env={**os.environ, "GPUS": "2", "SLOW": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    calls = checkout / "calls.txt"
+
+    def said() -> list[str]:
+        return sorted(calls.read_text().splitlines()) if calls.exists() else []
+
+    end = time.monotonic() + HANG_S
+    while len(said()) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(HANG_S) == 130
+    assert said() == ["began out/fold0", "began out/fold1", "left out/fold0", "left out/fold1"]
 
 
 def test_gpus_share_the_folds_and_one_failure_is_the_jobs(checkout: Path) -> None:
