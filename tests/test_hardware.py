@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import HANG_S, ROOT
 from tests.processes import SERVER
-from utils import hardware
+from utils import hardware, pipeline
 from utils.refusal import Refused
 
 
@@ -44,6 +44,19 @@ def test_fp16_is_refused_without_cuda_whoever_asks(monkeypatch: pytest.MonkeyPat
         with pytest.raises(Refused, match="CUDA"):
             hardware.choose_mixed_precision(flag)
     assert hardware.choose_mixed_precision("no") == "no"
+
+
+def test_a_gpu_that_accelerate_is_told_to_leave_alone_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As launch/cpu.yaml tells it: not Stable Diffusion on a CPU, nor in bf16 that only the GPU computes in."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for told, on_gpu in (("false", True), ("true", False)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+        assert hardware.has_native_bf16() == on_gpu
+        assert (pipeline.default_base() == pipeline.STABLE_DIFFUSION) == on_gpu
+    with pytest.raises(Refused, match="CUDA device"):
+        hardware.choose_mixed_precision("fp16")
 
 
 def test_threads_are_shared_unless_the_user_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import find_executable_batch_size, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -30,14 +30,22 @@ def choose_mixed_precision(flag: str | None) -> str:
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if not flag and told in ("fp16", "bf16"):
         flag = told
-    if flag == "fp16" and not torch.cuda.is_available():
-        raise Refused("--mixed_precision fp16 needs a CUDA device and there is none here; use bf16 or no")
+    if flag == "fp16" and not is_cuda_used():
+        raise Refused(
+            "--mixed_precision fp16 needs a CUDA device and none is used here; use bf16 or no (a run that began in fp16 "
+            "goes on on a CUDA device only)"
+        )
     return flag or ("bf16" if has_native_bf16() else "no")
+
+
+def is_cuda_used() -> bool:
+    """Return whether there is a CUDA device, and accelerate was not told to compute on the CPU nevertheless."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def has_native_bf16() -> bool:
     """Return whether matrix products in bfloat16 have hardware of their own: CUDA from Ampere on, or a CPU with AMX."""
-    if torch.cuda.is_available():
+    if is_cuda_used():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()  # private, but the only name under which torch tells
 
@@ -74,7 +82,7 @@ def xformers_problem() -> str | None:
 
     Tried out rather than looked up: a build for another torch imports well and fails at the first call.
     """
-    if not torch.cuda.is_available():
+    if not is_cuda_used():
         return "xformers has kernels for CUDA devices only"
     try:
         import xformers.ops

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from utils.hardware import is_cuda_used
 from utils.images import grey_levels
 from utils.refusal import Refused
 from utils.tokens import fit_captions
@@ -76,8 +77,8 @@ def canonical_name(name: str) -> str:
 
 
 def default_base() -> str:
-    """Return the base model that is used where none is named: Stable Diffusion 1.5 with CUDA, else the bundled one."""
-    return STABLE_DIFFUSION if torch.cuda.is_available() else BUNDLED_BASE
+    """Return the base model that is used where none is named: Stable Diffusion 1.5 on CUDA, else the bundled one."""
+    return STABLE_DIFFUSION if is_cuda_used() else BUNDLED_BASE
 
 
 def load_base(
