@@ -63,6 +63,17 @@ def test_shares_of_several_processes_are_the_whole(vae, tiny_data: Path, tmp_pat
     assert np.array_equal(both.std, alone.std)
 
 
+def test_what_a_worker_process_refuses_is_said_in_a_line(vae, own_data: Path, tmp_path: Path) -> None:
+    """torch hands on its traceback as the message."""
+    rows = read_metadata(own_data)
+    film = own_data / rows[3]["file_name"]
+    film.write_bytes(b"no film")
+    with pytest.raises(Refused) as refused:
+        cache_posteriors(own_data, rows, vae, tmp_path, 64, num_workers=1)
+    assert str(refused.value).startswith(f"{film} cannot be read")
+    assert "\n" not in str(refused.value)
+
+
 def test_a_cache_is_found_again_and_never_a_stale_one(vae, own_data: Path, tmp_path: Path) -> None:
     rows = read_metadata(own_data)
     cache_posteriors(own_data, rows, vae, tmp_path, 64)

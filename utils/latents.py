@@ -57,9 +57,17 @@ class FilmDataset(Dataset):
             ) from error
 
 
-def load_films(dataset: FilmDataset, num_workers: int = 0) -> Tensor:
+def refusals_in_words(loader: DataLoader) -> Iterator[Tensor]:
+    """Yield a loader's batches; what a worker process refuses is said without the traceback that torch wraps it in."""
+    try:
+        yield from loader
+    except Refused as error:
+        raise Refused(str(error).rpartition(f"{Refused.__name__}: ")[2].strip()) from error
+
+
+def load_films(dataset: FilmDataset) -> Tensor:
     """Return all films of a data set at once, uint8 [N, resolution, resolution]."""
-    return torch.cat(list(DataLoader(dataset, batch_size=64, num_workers=num_workers)))
+    return torch.cat(list(DataLoader(dataset, batch_size=64)))
 
 
 def mean_film(
@@ -84,9 +92,10 @@ def mean_film(
 def posterior_key(
     directory: Path, rows: Sequence[dict], vae: AutoencoderKL, resolution: int, interpolation: str, mirrored: bool
 ) -> str:
-    """Return the name of a cache: a hash of everything its content depends on, so that a stale one is never found.
+    """Return the name of a cache: a hash of what its content depends on, so that a stale one is never found.
 
-    Of the autoencoder that is the encoder: another decoder leaves the posteriors as they are.
+    Of the autoencoder that is the encoder: another decoder leaves the posteriors as they are. Not of how the device rounds that
+    encodes (TF32 or not): less than the noise that is drawn for every film.
     """
     parts = {
         "films": [row.get("sha256") or sha256_file(directory / row["file_name"]) for row in rows],
@@ -217,7 +226,7 @@ def cache_posteriors(
         total=len(share), initial=len(share) - sum(map(len, batches)), desc="encoding films", unit="film",
         disable=process_index > 0,
     ) as bar:  # fmt: skip
-        loader = DataLoader(films, batch_sampler=batches, num_workers=num_workers)
+        loader = refusals_in_words(DataLoader(films, batch_sampler=batches, num_workers=num_workers))
         for where, batch in zip(batches, loader, strict=True):
             mean, std = encode(vae, batch.flip(-1) if mirrored else batch)
             for i, film_mean, film_std in zip(where, mean, std, strict=True):
