@@ -34,6 +34,7 @@ import utils.quiet  # noqa: F401
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -431,7 +432,10 @@ def main(args: argparse.Namespace) -> None:
     by_prompt = requests_of(args, prompts, model | settings_of(args) | begun)
     requests = {name: request for images in by_prompt for name, request in images.items()}
     labels = {name: prompt.labels for prompt, images in zip(prompts, by_prompt, strict=True) for name in images}
-    due = find_due(output_dir, requests, args.reject)
+    # One process looks, as processes that saw different folders would share out different lists
+    (due,) = broadcast_object_list(
+        [find_due(output_dir, requests, args.reject) if accelerator.is_main_process else {}]
+    )
     if accelerator.is_main_process:
         require_space(output_dir, len(due) * resolution**2 * args.bit_depth // 8, "the images")
         output_dir.mkdir(parents=True, exist_ok=True)
