@@ -25,6 +25,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -54,6 +56,7 @@ from utils.checkpoint import (
     find_start,
     forget_after,
     prune_checkpoints,
+    restore_best,
     save_checkpoint,
 )
 from utils.decoder import adapt_decoder
@@ -252,6 +255,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--cuda_graph", action="store_true", help="replay forward and backward as one launch: faster for small batches"
     )
+    add("--no_cuda_graph", dest="cuda_graph", action="store_false", default=False, help="take back that of a preset")
     add(
         "--auto_batch_size", action="store_true", help="split --train_batch_size into micro-steps that fit into memory"
     )
@@ -346,7 +350,8 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("gradient_checkpointing", "lora_dropout"):
         if args.cuda_graph and getattr(args, flag):
             raise Refused(
-                f"--cuda_graph with --{flag}, which touches the random state as no graph may; leave out one of the two"
+                f"--cuda_graph with --{flag}, which touches the random state as no graph may; leave out one of the two "
+                "(--no_cuda_graph takes back a preset's)"
             )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
@@ -521,6 +526,7 @@ def flush(
     names: list[str],
     stream: TrainingStream,
     films_a_step: int,
+    recent_norms: deque[float],
 ) -> float:
     """Read the losses of the last steps from the device, check them, write them to the log and return the last.
 
@@ -532,6 +538,7 @@ def flush(
         names: file names of the training films.
         stream: which film stands where.
         films_a_step: films an optimizer step, over all processes.
+        recent_norms: gradient norms of the last steps, FLUSH_EVERY at most, which those of these are added to.
 
     Raises:
         Refused: for a loss or a gradient that is not finite, with its step and films. A loss scaler skips steps whose
@@ -540,9 +547,10 @@ def flush(
     losses = accelerator.reduce(torch.stack([row["loss"] for row in pending]), "mean").tolist()
     norms = torch.stack([torch.as_tensor(row["grad_norm"]) for row in pending]).tolist()
     rows, refusal = [], None
-    if accelerator.scaler and len(norms) == FLUSH_EVERY and not any(map(math.isfinite, norms)):
+    recent_norms.extend(norms)
+    if accelerator.scaler and len(recent_norms) == FLUSH_EVERY and not any(map(math.isfinite, recent_norms)):
         raise Refused(
-            f"steps {pending[0]['step']} to {pending[-1]['step']}: every gradient overflowed fp16, so nothing is learnt; "
+            f"step {pending[-1]['step']}: every gradient of the last {FLUSH_EVERY} steps overflowed fp16, so nothing is learnt; "
             "use --mixed_precision bf16 or no"
         )
     for row, loss, norm in zip(pending, losses, norms, strict=True):
@@ -684,6 +692,8 @@ def main(args: argparse.Namespace) -> int:
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type
     )
+    if len(set(gather_object([state and state["step"]]))) > 1:
+        raise Refused(f"processes see different checkpoints in {run_dir}, a folder that lags behind; type this again")
     say(remark)
 
     # The frozen base
@@ -766,11 +776,13 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     checkpoints = max_train_steps // args.checkpointing_steps + max_train_steps // validation_steps
     checkpoints = args.checkpoints_total_limit or checkpoints
-    tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (4 if args.use_ema else 3)
+    tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (5 if args.use_ema else 4)
     if accelerator.is_main_process:
         require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
         if state is None:
             clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
+        else:
+            restore_best(run_dir, first_step)
         forget_after(run_dir, first_step, state is None or state["validated"])
         prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
         write_json(run_dir / "config.json", config)
@@ -899,7 +911,7 @@ def main(args: argparse.Namespace) -> int:
     batches = iter(DataLoader(stream, batch_sampler=micro_batches, pin_memory=device.type == "cuda"))
     if device.type == "cuda":
         batches = prefetch(batches)
-    pending, replay, started = [], None, time.monotonic()
+    pending, recent_norms, replay, started = [], deque(maxlen=FLUSH_EVERY), None, time.monotonic()
     progress = tqdm(
         range(first_step + 1, last_step + 1), initial=first_step, total=last_step, desc=f"fold {args.fold}",
         disable=not accelerator.is_local_main_process,
@@ -971,7 +983,7 @@ def main(args: argparse.Namespace) -> int:
         leaving = leave.agreed()
         if step % FLUSH_EVERY == 0 or validation_due or checkpoint_due or leaving:
             names = [row["file_name"] for row in training_rows]
-            loss_now = flush(pending, accelerator, log, names, stream, films_a_step)
+            loss_now = flush(pending, accelerator, log, names, stream, films_a_step, recent_norms)
             best = "-" if early_stopping.best is None else f"{early_stopping.best:.4f}"
             speed = films_a_step * (progress.format_dict["rate"] or 0)
             progress.set_postfix(loss=f"{loss_now:.4f}", best_SSIM=best, films_s=f"{speed:.1f}")

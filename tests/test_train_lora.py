@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from tests.training import read, train, watch_run
 from utils.checkpoint import checkpoint_steps, load_checkpoint
 from utils.export import save_kohya
 from utils.files import write_jsonl
-from utils.lora import adapter_state
+from utils.lora import adapter_state, read_adapter
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 
@@ -148,6 +150,60 @@ def test_a_resumed_run_ends_in_the_same_bytes(
             for moment in state["__bnb_optimizer_quant_state__"].values()
         ]
         assert {torch.uint8, torch.float32} == set(moments)
+
+
+def test_the_best_adapter_goes_with_the_checkpoint_that_is_gone_on_from(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost by a sync that broke off, or of a later step that is forgotten: as it was at the checkpoint."""
+    run, more = (
+        tmp_path / "run",
+        ("--max_train_steps", "6", "--validation_steps", "2", "--checkpoints_total_limit", "0"),
+    )
+    train(tiny_base, tiny_data, run, *more, "--export", "kohya")
+    best = read(run / "validation.jsonl")[-1]["best_step"]
+    whole = (run / WEIGHTS_NAME).read_bytes()
+    (run / WEIGHTS_NAME).unlink()
+    train(tiny_base, tiny_data, run, *more, "--export", "kohya")
+    assert (run / WEIGHTS_NAME).read_bytes() == whole
+    for later in (4, 6):
+        shutil.rmtree(run / f"checkpoint-{later}")
+    # Another card, on which no later validation is as good
+    monkeypatch.setattr(train_lora.EarlyStopping, "update", lambda self, step, ssim: False)
+    train(tiny_base, tiny_data, run, *more)
+    rows = read(run / "validation.jsonl")
+    assert [row["best_step"] for row in rows] == [0, 2, 2, 2]
+    assert read_adapter(run / WEIGHTS_NAME)[1]["step"] == 2
+    assert best > 2 and not (run / KOHYA_NAME).exists()
+
+
+def test_a_presets_cuda_graph_can_be_taken_back(tiny_data: Path) -> None:
+    """The doctor's command for an A100 has it; what a person adds comes after."""
+    preset = ["--train_data_dir", str(tiny_data), "--cuda_graph", "--gradient_checkpointing"]
+    with pytest.raises(Refused, match="--no_cuda_graph takes back"):
+        train_lora.check_args(train_lora.parse_args(preset))
+    train_lora.check_args(train_lora.parse_args([*preset, "--no_cuda_graph"]))
+    assert not train_lora.parse_args([]).cuda_graph
+
+
+@pytest.mark.parametrize("steps_a_flush", [25, 10])
+def test_gradients_that_all_overflow_fp16_end_the_run(steps_a_flush: int) -> None:
+    """However often checkpoints have the losses read."""
+    accelerator = SimpleNamespace(scaler=object(), reduce=lambda tensor, how: tensor, is_main_process=False)
+    recent: deque[float] = deque(maxlen=train_lora.FLUSH_EVERY)
+
+    def learn(first: int, norm: float) -> None:
+        rows = [
+            {"step": step, "loss": torch.tensor(1.0), "grad_norm": norm, "lr": 0.0, "position": 0}
+            for step in range(first, first + steps_a_flush)
+        ]
+        train_lora.flush(rows, accelerator, Path("/nowhere"), [], None, 4, recent)
+
+    learn(1, 1.0)
+    with pytest.raises(Refused, match="every gradient of the last 25 steps overflowed fp16"):
+        for first in range(1 + steps_a_flush, 100, steps_a_flush):
+            learn(first, float("inf"))
+    assert recent.count(float("inf")) == 25
 
 
 @pytest.mark.parametrize("more", [("--train_text_encoder_frac", "0.5"), ("--gradient_checkpointing",)])

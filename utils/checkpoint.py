@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.files import sync_folder, write_bytes, write_json
+from utils.files import sha256_file, sync_folder, write_bytes, write_json
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import cut_back, differences
@@ -26,6 +26,8 @@ def checkpoint_steps(run: Path) -> list[int]:
 def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     """Write `checkpoint-<step>`: into another name, synced, then renamed, and only then older ones may go.
 
+    The best adapter so far is copied into it.
+
     Args:
         run: the run's folder.
         step: optimizer steps done.
@@ -40,6 +42,7 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     torch.save(tensors, buffer)
     write_bytes(partial / TENSORS_NAME, buffer.getvalue())
     write_json(partial / STATE_NAME, state)
+    copy_best(run, partial)
     sync_folder(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -47,8 +50,27 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
 
 
 def amend_checkpoint(run: Path, step: int, state: dict) -> None:
-    """Replace the numbers and texts of a checkpoint, not its tensors: after a validation, which changes no weight."""
+    """Replace numbers, texts and the best adapter of a checkpoint: after a validation, which changes no weight."""
+    copy_best(run, run / f"checkpoint-{step}")
     write_json(run / f"checkpoint-{step}" / STATE_NAME, state)
+
+
+def copy_best(source: Path, target: Path) -> None:
+    """Copy the best adapter from one folder to another, where there is one and it is not there yet."""
+    best, there = source / WEIGHTS_NAME, target / WEIGHTS_NAME
+    if best.is_file() and not (there.is_file() and sha256_file(there) == sha256_file(best)):
+        write_bytes(there, best.read_bytes())
+        (target / KOHYA_NAME).unlink(missing_ok=True)  # another one's
+
+
+def restore_best(run: Path, step: int) -> None:
+    """Put the best adapter as of a checkpoint back: a sync may have lost it, or it is of a later step, now forgotten."""
+    folder = run / f"checkpoint-{step}"
+    if (folder / WEIGHTS_NAME).is_file():
+        copy_best(folder, run)
+    elif json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["early_stopping"]["best"] is None:
+        for name in (WEIGHTS_NAME, KOHYA_NAME):
+            (run / name).unlink(missing_ok=True)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -182,8 +182,8 @@ def _check_folder(folder: Path, variant: str | None) -> None:
 def cast_frozen(unet: UNet2DConditionModel, mixed_precision: str) -> None:
     """Cast a UNet's own weights to "fp16" or "bf16" ("no" leaves fp32), not those of adapters on it.
 
-    Text encoder and autoencoder are not cast at all: they are a hundredth of the arithmetic, and in fp32 they give
-    embeddings and latents, and with them every sampling step, their precision.
+    Text encoder and autoencoder are not cast at all: they are a hundredth of the arithmetic. The autoencoder computes in fp32,
+    which gives latents and films their precision; the text encoder's products are autocast, as accelerate prepares it.
     """
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     for name, parameter in unet.named_parameters():
