@@ -120,7 +120,7 @@ def variety_in_words(metrics: dict) -> str:
     """Return how alike films of one caption are, beside real films, as a sentence."""
     part = metrics["variety"]
     kinds = {
-        "one_caption": "generated films of one caption", "real_films_of_one_caption": "real films of one caption",
+        "one_caption": "generated films of one caption", "real_films_of_one_caption": "real films of one of these",
         "real_films": "real films of different patients and, mostly, captions",
     }  # fmt: skip
     said = []
