@@ -223,7 +223,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     if settings["max_train_samples"] is not None:
         training_rows = draw_rows(training_rows, settings["max_train_samples"], settings["seed"])
     num_patients = min(len(set(map(patient_of, part))) for part in (training_rows, held_out_rows))
-    held_out_rows = draw_most_patients(held_out_rows, args.max_films, args.seed)
+    whole_fold, held_out_rows = held_out_rows, draw_most_patients(held_out_rows, args.max_films, args.seed)
 
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
@@ -308,19 +308,21 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         )  # fmt: skip
         # Those of a single film are in training or not by chance alone; a common caption is in it for what it says
         times = Counter(row["text"] for row in rows)
-        of_training = list(
-            dict.fromkeys(row["text"] for row in draw_most_patients(training_rows, MOST_CAPTIONS, args.seed))
+        single, of_others = (
+            [
+                row["text"]
+                for row in draw_most_patients(
+                    [row for row in part if times[row["text"]] == 1], MOST_CAPTIONS, args.seed
+                )
+            ]
+            for part in (training_rows, whole_fold)
         )
-        of_others = [
-            row["text"]
-            for row in draw_most_patients(held_out_rows, MOST_CAPTIONS, args.seed)
-            if times[row["text"]] == 1
-        ]
+        common = [row["text"] for row in draw_most_patients(training_rows, MOST_CAPTIONS, args.seed)]
+        of_training = list(dict.fromkeys(single + common))
         pulls = [
             pull(input_ids=tokenize(base.tokenizer, part)) if part else torch.empty(0)
             for part in (of_training, of_others)
         ]
-        single = torch.tensor([times[caption] == 1 for caption in of_training])
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -360,6 +362,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             "max_films": args.max_films,
         },
         "mixed_precision": accelerator.mixed_precision,
+        "prediction_type": noise_scheduler.config.prediction_type,
         "features": space.name,
         "features_note": space.note,
         "num_folds": config["num_folds"],
@@ -374,7 +377,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         metrics["prompt_followed"] = followed
     of_sets, features, readings, nearest = summarise_sets(drawn, space, resolution, args.seed)
     metrics |= of_sets
-    metrics["memorisation"]["captions"] = compare_pulls(pulls[0][single], pulls[1], args.seed)
+    metrics["memorisation"]["captions"] = compare_pulls(pulls[0][: len(single)], pulls[1], args.seed)
     suspected = pulls[0].argsort(descending=True, stable=True)[:SHOWN_SUSPECTS].tolist()
     write_bytes(output_dir / "captions.txt", "".join(f"{of_training[i]}\n" for i in suspected).encode())
     groups = subgroups(held_out_rows, drawn.training_captions)
@@ -746,6 +749,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
         compare_halves(real, generated, patients, seed) or {}
     )
+    left_out = []
     if against is not None:
         other_folds, others, other_folders = read_folds(against)
         for name in ("data_hash", "resolution", "num_folds", "features", "sampling", "seed", "mixed_precision"):
@@ -755,16 +759,19 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
                 )
         unlike = unlike_figures(folds[0], other_folds[0])
         record["against"] = compare_runs(films, [row for rows in others for row in rows], unlike, seed)
-        for kind, reason in unlike.items():
-            print(f"{kind} is not compared: {reason}")
         record["against"]["alignment"] = {}
+        record["against"]["left_out"] = [
+            f"{', '.join(name for name in unlike if unlike[name] == reason)}: {reason}"
+            for reason in dict.fromkeys(unlike.values())
+        ]
         other_of = {row["file_name"]: row for row in read_readings(other_folders)}
         other_readings = [other_of[row["file_name"]] for row in readings]
         if same_readings(scores["real"], columns_of(other_readings, "real")):
             others = columns_of(other_readings, "generated")
             record["against"]["alignment"] = agreement_gain(asked_of(readings, seed), scores["generated"], others)
         else:
-            print("other probes (of other training films, or seeds): what captions assert is not compared")
+            record["against"]["left_out"].append("AUROC of captions: the probes differ, by training films or seed")
+        left_out = [f"not compared: {reason}" for reason in record["against"]["left_out"]]
         record["against"]["folder"] = str(against)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
@@ -801,7 +808,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     rest = [name for name in summary if name not in first]
     draw_folds(output_dir / "folds.png", record, HEADLINE)
     page = [html_picture(output_dir / "folds.png"), *(html_table(*table, DEFINITIONS) for table in tables)]
-    notes = [ALIGNMENT_NOTE, TSTR_NOTE, f"Features: {folds[0]['features_note']}."]
+    notes = [*left_out, ALIGNMENT_NOTE, TSTR_NOTE, f"Features: {folds[0]['features_note']}."]
     page += [f"<p>{html.escape(note)}</p>" for note in notes]
     page += [
         "<h2>All figures</h2>",
@@ -814,7 +821,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     for table in tables:
         print_table(*table)
         print()
-    print(f"look at {output_dir / 'report.html'}")
+    print("\n".join([*left_out, f"look at {output_dir / 'report.html'}"]))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ from utils.decoder import adapt_decoder
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.export import save_kohya, verify_adapter
-from utils.files import append_jsonl, hold_lock, read_jsonl, require_space, write_json
+from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, require_space, write_json
 from utils.folds import draw_rows, shuffle_captions, split_fold, with_folds
 from utils.hardware import (
     capture_graph,
@@ -692,7 +692,7 @@ def main(args: argparse.Namespace) -> int:
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type
     )
-    if len(set(gather_object([state and state["step"]]))) > 1:
+    if len(set(gather_object([canonical_json(state)]))) > 1:
         raise Refused(f"processes see different checkpoints in {run_dir}, a folder that lags behind; type this again")
     say(remark)
 
@@ -782,7 +782,7 @@ def main(args: argparse.Namespace) -> int:
         if state is None:
             clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
         else:
-            restore_best(run_dir, first_step)
+            restore_best(run_dir, first_step, early_stopping.best_step)
         forget_after(run_dir, first_step, state is None or state["validated"])
         prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
         write_json(run_dir / "config.json", config)

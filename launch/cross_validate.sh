@@ -22,22 +22,24 @@ fold() {
     read -ra train <<<"$command"
     $python "${train[@]:1}" --fold "$1" --train_data_dir "$data" --output_dir "$run" "${@:2}" || return
     if [ ! -e "$run/evaluation/metrics.json" ] || [ "$run/pytorch_lora_weights.safetensors" -nt "$run/evaluation/metrics.json" ] ||
-        [ "$(cat "$flags" 2>/dev/null)" != "${EVALUATE:-}" ]; then
+        [ "$(cat "$flags" 2>/dev/null)" != "${EVALUATE:-}" ] ||
+        ! grep -q max_films "$run/evaluation/metrics.json"; then # else of an earlier version, which the table refuses
         $python evaluate.py --lora "$run" ${EVALUATE:-} || return
         printf '%s' "${EVALUATE:-}" >"$flags"
     fi
 }
 
 # Every GPU takes each next fold of its own share
-gpus=$($python -c "import torch; print(torch.cuda.device_count())")
+gpus=$($python -c "import torch; from utils.hardware import is_cuda_used; print(is_cuda_used() * torch.cuda.device_count())")
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 if [ "$gpus" -gt 1 ]; then
     mkdir -p "$out"
     workers=()
     set -m # a process group each, so that what a worker has started ends with it
-    trap 'kill -TERM -- "${workers[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
+    trap 'kill -TERM -- "${workers[@]/#/-}" 2>/dev/null; wait; exit 130' HUP INT TERM
     for ((gpu = 0; gpu < gpus && gpu < ${#folds[@]}; gpu++)); do
         (
+            trap 'exit 143' TERM # once what runs has left: training saves first
             export CUDA_VISIBLE_DEVICES=${devices[gpu]}
             for ((i = gpu; i < ${#folds[@]}; i += gpus)); do
                 echo "fold ${folds[i]} on GPU ${devices[gpu]}: $out/fold${folds[i]}.txt"

@@ -141,13 +141,15 @@ def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
 
 
 def find_cards() -> list[Card]:
-    """Return the CUDA devices that torch can use. Refused where there is no torch."""
+    """Return the CUDA devices that are used: none where accelerate is told to leave them. Refused where there is no torch."""
     try:
         import torch
+
+        from utils.hardware import is_cuda_used
     except ImportError as error:
         raise Refused(f"{error}; install what is needed: pip install -r requirements.txt") from error
 
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    properties = [torch.cuda.get_device_properties(i) for i in range(is_cuda_used() * torch.cuda.device_count())]
     return [Card(card.name, card.total_memory / 2**30, card.major >= 8) for card in properties]
 
 

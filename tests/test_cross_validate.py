@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ case "$*" in
     *device_count*) echo "${GPUS:-0}"; exit ;;
     launch/doctor.py*) [[ "$*" == *" --no_launcher --run "*/fold? ]] && echo "python train_lora.py --train_batch_size 8"; exit ;;
     *train_lora.py*) all="$*"; run=${all##*--output_dir }; run=${run%% *}
-        [ -z "${SLOW:-}" ] || { trap 'echo "left $run" >>calls.txt; exit 143' TERM; echo "began $run" >>calls.txt; sleep 1000 & wait; }
+        [ -z "${SLOW:-}" ] || { trap 'sleep 1; echo "left $run" >>calls.txt; exit 143' TERM; echo "began $run" >>calls.txt; sleep 1000 & wait; }
         [ "$run" != "${BROKEN:-}" ] || { echo "refused: that" >&2; exit 2; }
         mkdir -p "$run"; [ -e "$run/pytorch_lora_weights.safetensors" ] || touch "$run/pytorch_lora_weights.safetensors" ;;
-    evaluate.py\\ --lora*) run=$3; mkdir -p "$run/evaluation"; touch "$run/evaluation/metrics.json" ;;
+    evaluate.py\\ --lora*) run=$3; mkdir -p "$run/evaluation"; echo max_films >"$run/evaluation/metrics.json" ;;
 esac
 echo "${CUDA_VISIBLE_DEVICES:--} $*" >>calls.txt
 """
@@ -73,6 +74,9 @@ def test_what_was_evaluated_is_evaluated_again_only_where_adapter_or_flags_chang
     _, calls, _ = cross_validate(checkout, **places)
     assert [call for call in calls if "--lora" in call] == ["- evaluate.py --lora runs/a/fold3"]
     os.utime(adapter, (0, 0))
+    (checkout / "runs/a/fold0/evaluation/metrics.json").write_text("of an earlier version")
+    _, calls, _ = cross_validate(checkout, **places)
+    assert [call for call in calls if "--lora" in call] == ["- evaluate.py --lora runs/a/fold0"]
     for again in (2, 0):
         _, calls, _ = cross_validate(checkout, **places, EVALUATE="--max_films 9")
         assert [call for call in calls if "--max_films 9" in call] == [call for call in calls if "--lora" in call]
@@ -92,8 +96,9 @@ def test_an_upload_is_refused_at_the_door(checkout: Path) -> None:
     assert error.count("\n") == 1 and "evaluated adapter" in error
 
 
-def test_what_runs_on_the_gpus_is_told_to_leave_when_the_script_is(checkout: Path) -> None:
-    """A fold that went on without it would keep its GPU, and the next call from its folder."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_runs_on_the_gpus_leaves_before_the_script_does(checkout: Path, number: signal.Signals) -> None:
+    """A fold that went on without it, or was still saving, would keep the next call from its folder."""
     process = subprocess.Popen(
         ["bash", checkout / "launch" / "cross_validate.sh"], cwd="/", env={**os.environ, "GPUS": "2", "SLOW": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -106,7 +111,7 @@ def test_what_runs_on_the_gpus_is_told_to_leave_when_the_script_is(checkout: Pat
     end = time.monotonic() + HANG_S
     while len(said()) < 2 and time.monotonic() < end:
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(HANG_S) == 130
     assert said() == ["began out/fold0", "began out/fold1", "left out/fold0", "left out/fold1"]
 

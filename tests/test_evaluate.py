@@ -310,16 +310,19 @@ def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys
             metrics[part][name] = value
             path.write_text(json.dumps(metrics))
 
-    change("prediction_type", "v_prediction")
+    for path in other.glob("fold*/evaluation/metrics.json"):
+        path.write_text(path.read_text().replace('"prediction_type": "epsilon"', '"prediction_type": "v_prediction"'))
     measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
     figures = json.loads((tmp_path / "summary.json").read_text())["against"]["figures"]
     assert set(figures) == {
         f"{name}/{strength}" for name in ("ssim", "psnr", "ms_ssim") for strength in (0.3, 0.5, 0.7)
     }
-    assert "mse is not compared: the two predict something else" in capsys.readouterr().out
+    said = "not compared: mse: the two predict something else"
+    assert said in capsys.readouterr().out and said in (tmp_path / "report.html").read_text()
     change("rescale_betas_zero_snr", True)
     measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text())["against"]["figures"] == {}
+    against = json.loads((tmp_path / "summary.json").read_text())["against"]
+    assert against["figures"] == {} and len(against["left_out"]) == 1
     change("guidance_scale", 7.5, "sampling")
     with pytest.raises(Refused, match="differ in sampling; only runs evaluated alike"):
         measure("--cross_validation", runs, "--against", other)
@@ -413,7 +416,8 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
             row["real"]["pneumonia"] += 0.01
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     measure("--cross_validation", other, "--against", read_runs, "--output_dir", tmp_path / "probes")
-    assert json.loads((tmp_path / "probes" / "summary.json").read_text())["against"]["alignment"] == {}
+    against = json.loads((tmp_path / "probes" / "summary.json").read_text())["against"]
+    assert against["alignment"] == {} and "the probes differ" in against["left_out"][0]
     assert "as many real films" in page
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import train_lora
 from tests.conftest import ROOT, build_base
 from tests.training import read, train, watch_run
-from utils.checkpoint import checkpoint_steps, load_checkpoint
+from utils.checkpoint import BEST_NAME, checkpoint_steps, load_checkpoint
 from utils.export import save_kohya
 from utils.files import write_jsonl
 from utils.lora import adapter_state, read_adapter
@@ -175,6 +175,10 @@ def test_the_best_adapter_goes_with_the_checkpoint_that_is_gone_on_from(
     assert [row["best_step"] for row in rows] == [0, 2, 2, 2]
     assert read_adapter(run / WEIGHTS_NAME)[1]["step"] == 2
     assert best > 2 and not (run / KOHYA_NAME).exists()
+    for half_uploaded in (run / WEIGHTS_NAME, run / "checkpoint-6" / BEST_NAME):
+        half_uploaded.write_bytes(half_uploaded.read_bytes()[:-9])
+    with pytest.raises(Refused, match="is missing or not whole, and so is its copy in .*checkpoint-6"):
+        train(tiny_base, tiny_data, run, *more)
 
 
 def test_a_presets_cuda_graph_can_be_taken_back(tiny_data: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from utils.checkpoint import BEST_NAME
 from utils.refusal import Refused
 from utils.release import WEIGHTS_NAME
 from utils.webpage import NO_ADAPTER, Wish, build_page, find_adapters
@@ -19,6 +20,8 @@ def adapters(out: Path) -> Path:
         (out / name).mkdir(parents=True)
     for name in ("fold0", "fold1"):
         (out / name / WEIGHTS_NAME).write_bytes(b"")
+        (out / name / "checkpoint-9").mkdir()
+        (out / name / "checkpoint-9" / BEST_NAME).write_bytes(b"")
     return out
 
 

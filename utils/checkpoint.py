@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from utils.files import sha256_file, sync_folder, write_bytes, write_json
 from utils.refusal import Refused
-from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
+from utils.release import DECODER_NAME, HEADER_KEY, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import cut_back, differences
 
 STATE_NAME = "state.json"
 TENSORS_NAME = "training_state.pt"
+BEST_NAME = "best_adapter.safetensors"  # a copy of the run's adapter as it was then
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -42,7 +44,7 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
     torch.save(tensors, buffer)
     write_bytes(partial / TENSORS_NAME, buffer.getvalue())
     write_json(partial / STATE_NAME, state)
-    copy_best(run, partial)
+    copy_best(run / WEIGHTS_NAME, partial / BEST_NAME)
     sync_folder(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -51,26 +53,49 @@ def save_checkpoint(run: Path, step: int, state: dict, tensors: dict) -> None:
 
 def amend_checkpoint(run: Path, step: int, state: dict) -> None:
     """Replace numbers, texts and the best adapter of a checkpoint: after a validation, which changes no weight."""
-    copy_best(run, run / f"checkpoint-{step}")
+    copy_best(run / WEIGHTS_NAME, run / f"checkpoint-{step}" / BEST_NAME)
     write_json(run / f"checkpoint-{step}" / STATE_NAME, state)
 
 
 def copy_best(source: Path, target: Path) -> None:
-    """Copy the best adapter from one folder to another, where there is one and it is not there yet."""
-    best, there = source / WEIGHTS_NAME, target / WEIGHTS_NAME
-    if best.is_file() and not (there.is_file() and sha256_file(there) == sha256_file(best)):
-        write_bytes(there, best.read_bytes())
-        (target / KOHYA_NAME).unlink(missing_ok=True)  # another one's
+    """Copy the best adapter, where there is one and it is not there yet."""
+    if source.is_file() and not (target.is_file() and sha256_file(target) == sha256_file(source)):
+        write_bytes(target, source.read_bytes())
 
 
-def restore_best(run: Path, step: int) -> None:
-    """Put the best adapter as of a checkpoint back: a sync may have lost it, or it is of a later step, now forgotten."""
-    folder = run / f"checkpoint-{step}"
-    if (folder / WEIGHTS_NAME).is_file():
-        copy_best(folder, run)
-    elif json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["early_stopping"]["best"] is None:
-        for name in (WEIGHTS_NAME, KOHYA_NAME):
-            (run / name).unlink(missing_ok=True)
+def restore_best(run: Path, step: int, best_step: int) -> None:
+    """Put the best adapter as of a checkpoint back: a sync may have lost it, or it is of a later step, now forgotten.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint that is gone on from.
+        best_step: that its record names the best; 0 where there was none yet.
+
+    Raises:
+        Refused: where neither the run's adapter nor the checkpoint's copy can be read.
+    """
+    adapter, copy = run / WEIGHTS_NAME, run / f"checkpoint-{step}" / BEST_NAME
+    steps = {path: adapter_step(path) for path in (adapter, copy)}
+    if steps[adapter] == (best_step or None):
+        return
+    if best_step == 0 or steps[copy] == best_step:
+        for path in (adapter, run / KOHYA_NAME):
+            path.unlink(missing_ok=True)
+        copy_best(copy, adapter)
+    elif steps[adapter] is None:
+        raise Refused(
+            f"{adapter} is missing or not whole, and so is its copy in {copy.parent}; delete that checkpoint to go on from the "
+            "one before, or start afresh with --resume_from_checkpoint none"
+        )
+
+
+def adapter_step(path: Path) -> int | None:
+    """Return the step that an adapter file is of, None where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()[HEADER_KEY])["step"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -14,7 +14,7 @@ from utils.figures import gain_of
 from utils.files import read_jsonl, sha256_file
 from utils.metrics import bootstrap_interval
 from utils.refusal import Refused
-from utils.release import WEIGHTS_NAME
+from utils.release import DECODER_NAME, WEIGHTS_NAME
 from utils.validation import HEADLINE
 
 
@@ -35,11 +35,12 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
         if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
     for path, fold in zip(evaluations, folds, strict=True):
-        adapter = path.parents[1] / WEIGHTS_NAME
-        if adapter.is_file() and sha256_file(adapter) != fold["adapter"]["sha256"]:
-            raise Refused(f"{path.parent} is of another adapter than the one beside it; evaluate that fold again")
+        for name, part in ((WEIGHTS_NAME, "adapter"), (DECODER_NAME, "vae_decoder")):
+            file = path.parents[1] / name
+            if part in fold and file.is_file() and sha256_file(file) != fold[part]["sha256"]:
+                raise Refused(f"{path.parent} is of another {part} than the one beside it; evaluate that fold again")
         whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "max_films" not in fold["sampling"] or not whole:
+        if "prediction_type" not in fold or not whole:
             raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
@@ -104,16 +105,17 @@ def unlike_figures(one: dict, other: dict) -> dict[str, str]:
     Args:
         one, other: `metrics.json` of a fold of each.
     """
-    schedules, predicted = (
-        [tuple(fold["settings"].get(name) for name in names) for fold in (one, other)]
-        for names in (("rescale_betas_zero_snr",), ("revision", "variant", "prediction_type"))
-    )
-    if schedules[0] != schedules[1]:
+    rescaled = [fold["settings"].get("rescale_betas_zero_snr", False) for fold in (one, other)]
+    predicted = [
+        (fold["base"], fold["prediction_type"], fold["settings"]["revision"], fold["settings"]["variant"])
+        for fold in (one, other)
+    ]
+    if rescaled[0] != rescaled[1]:
         reason = (
             "the two have other noise schedules (rescale_betas_zero_snr), in which a timestep is another noise level"
         )
         return dict.fromkeys(("mse", "ssim", "psnr", "ms_ssim"), reason)
-    if predicted[0] != predicted[1] or one["base"] != other["base"]:
+    if predicted[0] != predicted[1]:
         return {"mse": "the two predict something else (base, revision, variant or prediction_type)"}
     return {}
 

@@ -388,9 +388,9 @@ def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
-def within_view(figures: dict) -> list[str]:
+def within_view(figures: dict, otherwise: str = "views not known, or one") -> list[str]:
     part = figures["within_view"]
-    return [with_interval(part[kind], 2) if part else "views not known, or one" for kind in ("generated", "real")]
+    return [with_interval(part[kind], 2) if part else otherwise for kind in ("generated", "real")]
 
 
 def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
@@ -405,7 +405,8 @@ def alignment_table(part: dict) -> tuple[list[str], list[list[str]]]:
     if part["mean"]:
         count = f"{part['mean']['generated']['findings']} findings"
         cells = [with_interval(part["mean"][kind], 2) for kind in kinds]
-        rows.insert(0, ["mean over findings", count, *cells, *within_view(part["mean"])])
+        few = ("too few of known view",) if any(of["within_view"] for of in part["labels"].values()) else ()
+        rows.insert(0, ["mean over findings", count, *cells, *within_view(part["mean"], *few)])
     heads = [
         "AUROC of what is known of the film", "held-out captions", "adapter", "base without LoRA",
         "ceiling: the real films", "floor: captions shuffled", "adapter, captions that training never saw",
