@@ -107,6 +107,62 @@ def test_what_no_single_film_shows_is_left_out(sentence: str) -> None:
     assert caption_sentences(sentence, f"Clear lungs. {sentence}") == ["Clear lungs."]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "No interval worsening of the right effusion.",
+        "No evidence of worsening pneumothorax.",
+        "There is no evidence of interval increase in the small pneumothorax.",
+        "No change right upper lobe cavitation.",
+        "No significant change in the pleural fluid.",
+        "The effusion has decreased.",
+        "The pneumothorax is smaller.",
+        "Effusion without significant change in volume loss.",
+    ],
+)
+def test_a_denied_change_is_not_a_denied_finding(said: str) -> None:
+    """Nor is the finding, whose film this is, left out and the film called normal."""
+    assert caption_sentences(said, "") == []
+    assert caption_sentences(said, "The heart is normal.") == []
+    assert caption_sentences(said, "Cardiomegaly.") == ["Cardiomegaly."]
+
+
+def test_what_is_denied_ends_where_the_next_begins() -> None:
+    assert caption_sentences("No pneumothorax, unchanged right effusion.", "") == [
+        "Right effusion.",
+        "No pneumothorax.",
+    ]
+    assert caption_sentences("No degenerative changes. No effusion.", "") == [
+        "No degenerative changes.",
+        "No effusion.",
+    ]
+    assert caption_sentences("The left effusion is larger than the right.", "") == [
+        "The left effusion is larger than the right."
+    ]
+
+
+def test_films_of_other_parts_are_not_told_of() -> None:
+    said = (
+        "Left knee. Advanced degenerative joint disease. Chest. Lungs are clear. Phleboliths in the pelvis. Scoliosis."
+    )
+    assert caption_sentences(said, "") == ["Scoliosis.", "Lungs are clear."]
+    assert caption_sentences("Right knee: severe narrowing. Osteophytes.", "Heart is normal.") == ["Heart is normal."]
+
+
+@pytest.mark.parametrize(
+    ("report", "caption"),
+    [
+        ("Chest PA.\n\nLarge right pneumothorax.\n\nJohn Smith, Consultant Radiologist", "Large right pneumothorax."),
+        ("Chest PA.\n\nLarge right pneumothorax.\n\nJane Doe-Miller", "Large right pneumothorax."),
+        ("Clinical information: cough\n\nReport: Large right effusion.\n\nDr A. Jones", "Large right effusion."),
+        ("IMPRESSION:\nNormal chest\nJohn Smith, Consultant Radiologist, GMC 1234567", "Normal chest."),
+        ("IMPRESSION:\nMild Cardiomegaly\nClear Lungs", "Mild Cardiomegaly Clear Lungs."),
+    ],
+)
+def test_who_reported_is_not_in_the_caption(report: str, caption: str) -> None:
+    assert text_of({"report": report}, "report", "A film.") == f"A film. {caption}"
+
+
 def test_a_film_is_not_called_normal_because_its_finding_was_left_out() -> None:
     finding = "Effusion has increased since the prior study."
     assert caption_sentences(finding, "No pneumothorax.") == []

@@ -52,12 +52,26 @@ COMPARISONS = tuple(
         (r"\bremain\b", "are"),
     )
 )
+# "No interval worsening of the effusion", "no change in the effusion": without what is compared it would be "no effusion"
+DENIED_CHANGE = re.compile(
+    r"\b(?:no|not|without|nor)\b(?:(?!\b(?:but|which|that)\b)[^.,;])*?\b(?:worsening|progression|increase|decrease|improvement"
+    r"|development|change)(?: in size)? (?:of|in)\b(?! (?:appearance|size|position)\b)"
+    r"|\b(?:no|not|without|nor)\b (?:(?:evidence|signs?|definite|significant|interval|convincing|of|for|an?|any|the) )*"
+    r"(?:worsening|progress\w*|increasing|decreasing|improv\w*|persist\w*|stable|unchanged)\b"
+    r"|\bno (?:(?:significant|interval|definite|appreciable|obvious|other|major|gross) ){0,2}changes?\b",
+    re.IGNORECASE,
+)
+# "No pneumothorax, unchanged effusion": what is denied ends at the comma
+DENIED_UP_TO = re.compile(
+    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged|persistent|new)\s(?!and\b|or\b))", re.IGNORECASE
+)
 # What a film cannot show: what has changed since another one, and what is no longer there
 EARLIER = words(
     "unchanged", "stable", "stability", "interval(?:ly)?", "since", "compared?", "comparisons?", "previously", "earlier",
     "again", "now", "still", "new(?:ly)?", "persist(?:s|ed|ent|ently|ence)?", r"resol(?:v\w*|ution)", "clear(?:ed|ing)",
     "remov(?:ed|al)", "improv(?:ed|ing|ement)", "worsen(?:ed|ing)", "worse(?! (?:on|than|at|in))", "progress(?:ed|ion|ing)",
     "as before", "similar to", "no (?:significant |definite )?changes?", "(?:decreas|increas)ed? (?:in size|from|since)",
+    "no longer", "(?:has|have) (?:decreas|increas)ed", "(?:smaller|larger)(?=[.,;]|$)",
     r"(?:prior|previous)(?= (?:\w+ ){0,2}(?:stud|exam|film|radiogr|x-?ray|ct\b|imag|report|date|scan|compar)|[.,;]|$)\w*",
     "(?:from|to|since|than|on) (?:the |a )?(?:prior|previous)",
 )  # fmt: skip
@@ -71,14 +85,32 @@ ELSEWHERE = words(
     "signed", "transcribed", "(?:read|seen|interpreted|reported) by", "attending", "resident", "mrn", "dob", "date of birth",
     "patient (?:name|id)", r"m\.?d(?:\.|\b)", r"\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}", r"\d{1,2}:\d\d",
 )  # fmt: skip
+# Films of other parts, of which some reports tell as well; "Left knee." begins what is not about the chest
+OTHER_PART = words(
+    "knees?", "hips?", "pelvis", "femur", "lumbosacral", "ankles?", "feet", "foot", "elbows?", "wrists?"
+)
+THE_CHEST = words(
+    "chest", "lungs?", "heart", "cardiac", r"cardio\w*", r"mediastin\w*", "pulmonary", r"pleura\w*", r"hil(?:ar|um|a)"
+)
+LABEL_WORDS, NOT_OF_A_LABEL = (
+    4,
+    words("in", "of", "over", "is", "are"),
+)  # a label has so many at most, and none of these
 HEADING = re.compile(
-    r"(?:^|(?<=[.;] ))[ \t]*([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?)[ \t]*):", re.MULTILINE
+    r"(?:^|(?<=[.;] ))[ \t]*"
+    r"([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?|reports?|results?)[ \t]*):",
+    re.MULTILINE,
 )
 IMPRESSION = re.compile(r"impression|conclusion|opinion|assessment", re.IGNORECASE)
 # A heading may also be the examination: "CHEST, PA AND LATERAL:"; that of the history, the technique or a call is neither
 FINDINGS = re.compile(
-    r"findings?|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)", re.I
+    r"findings?|(?:reports?|results?)\s*$|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)",
+    re.I,
 )
+# Who reported, on a line of its own: an office, or nothing but a name
+OFFICE = words("radiologist", "consultant", "registrar", "gmc", "dr", "prof(?:essor)?")
+NAME = re.compile(r"(?:[A-Z][\w'-]*\.?,? ?){2,4}")
+SIGNATURE_WORDS = 10  # at most
 LEAST_WORDS = 3  # before such a remark, for the rest to be a statement
 # What a remark or a token leaves at the end of a sentence
 DANGLING = re.compile(
@@ -107,7 +139,7 @@ FINDING = words(
     r"emphysem\w*", r"hyper\w*", r"fibro\w*", r"calcifi\w*", r"\w*scoliosis", r"degenerat\w*", r"pacemaker", r"defibrillator",
     r"catheter\w*", r"tubes?", r"picc", r"port", r"herni\w*", r"thicken\w*", r"pneumonia\w*", r"lesions?", r"disease",
     r"tortuo\w*", r"kypho\w*", r"osteophyt\w*", r"cavit\w*", r"collapse\w*", r"elevat\w*", r"ectasia", r"ectatic", r"stents?",
-    r"sternotomy", r"clips?", r"deformit\w*", r"prominen\w*", r"blunt\w*", r"bronchi\w*", r"interstitial", r"aneurysm\w*",
+    r"sternotomy", r"clips?", r"fluid", r"volume loss", r"deformit\w*", r"prominen\w*", r"blunt\w*", r"bronchi\w*", r"interstitial", r"aneurysm\w*",
 )  # fmt: skip
 GONE = words(r"resol(?:v\w*|ution)", "clear(?:ed|ing)", "remov(?:ed|al)", "no longer")
 
@@ -165,17 +197,29 @@ def text_of(cells: Mapping, column: str, first: str) -> str:
 
 
 def sections_of(report: str) -> dict[str, str]:
-    """Return `findings` and `impression` of a whole report; of one without these headings, the last paragraph as findings."""
-    parts = HEADING.split(report)
+    """Return `findings` and `impression` of a whole report; of one without these headings, the last paragraph that tells of any.
+
+    Lines that say who reported are left out.
+    """
+    parts = HEADING.split("\n".join(line for line in report.splitlines() if not is_signature(line)))
     sections = {"findings": "", "impression": ""}
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
         kind = kind_of(heading)
         if kind is not None:
             sections[kind] = f"{sections[kind]} {body}".strip()
     if not any(text.strip() for text in sections.values()):
-        paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", parts[-1]) if paragraph.strip()]
-        sections["findings"] = paragraphs[-1] if paragraphs else ""
+        paragraphs = re.split(r"\n[ \t]*\n", parts[-1])
+        told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
+        sections["findings"] = told[-1] if told else ""
     return {kind: " ".join(text.split()) for kind, text in sections.items()}
+
+
+def is_signature(line: str) -> bool:
+    """Return whether a line is a name, or names somebody's office, and says nothing of a film."""
+    line = line.strip()
+    if FINDING.search(line) or NORMAL.search(line) or HEADING.search(line):
+        return False
+    return bool(OFFICE.search(line) and len(line.split()) <= SIGNATURE_WORDS) or bool(NAME.fullmatch(line))
 
 
 def kind_of(heading: str) -> str | None:
@@ -186,12 +230,32 @@ def kind_of(heading: str) -> str | None:
 def sentences_of(section: str) -> list[str]:
     """Return the sentences of a section: cleaned, without comparisons, each with a capital first letter and a full stop."""
     pieces = []
-    for piece in SENTENCE_END.split(clean(section)):
+    for piece in SENTENCE_END.split(DENIED_UP_TO.sub(r"\1. ", clean(section))):
         if pieces and ABBREVIATION.search(pieces[-1]):
             pieces[-1] = f"{pieces[-1]} {piece}"
         else:
             pieces.append(piece)
+    pieces = of_the_chest(pieces)
     return [sentence for piece in pieces if (sentence := finish(without_remarks(without_comparisons(piece))))]
+
+
+def of_the_chest(pieces: list[str]) -> list[str]:
+    """Return sentences without those about films of other parts: "Left knee." is about one until the chest is named."""
+    kept, elsewhere = [], False
+    for piece in pieces:
+        label = piece.partition(":")[0]
+        if THE_CHEST.search(piece):
+            elsewhere = False
+        elif OTHER_PART.search(piece):
+            elsewhere |= (
+                bool(OTHER_PART.search(label))
+                and len(label.split()) <= LABEL_WORDS
+                and not NOT_OF_A_LABEL.search(label)
+            )
+            continue
+        if not elsewhere:
+            kept.append(piece)
+    return kept
 
 
 def clean(text: str) -> str:
@@ -205,7 +269,9 @@ def clean(text: str) -> str:
 
 
 def without_comparisons(sentence: str) -> str:
-    """Return "Small effusion." for "Stable small effusion, unchanged from prior."."""
+    """Return "Small effusion." for "Stable small effusion, unchanged from prior."; what denies a change stays whole."""
+    if DENIED_CHANGE.search(sentence):
+        return sentence
     for comparison, replacement in COMPARISONS:
         sentence = comparison.sub(replacement, sentence)
     return sentence
@@ -236,13 +302,15 @@ def finish(sentence: str) -> str:
 
 def describes_the_film(sentence: str) -> bool:
     """Return whether a sentence is a statement about this film: no earlier one, no advice, nobody who was called."""
-    if EARLIER.search(sentence) or ELSEWHERE.search(sentence) or SUBJECTLESS.match(sentence):
+    if any(kind.search(sentence) for kind in (DENIED_CHANGE, EARLIER, ELSEWHERE)) or SUBJECTLESS.match(sentence):
         return False
     return not all(BARE.fullmatch(word) for word in re.findall(r"[\w'-]+", sentence))
 
 
 def states_a_finding(sentence: str) -> bool:
-    """Return whether a sentence names a finding before it denies anything, or after a "but"."""
+    """Return whether a sentence names a finding before it denies anything, or after a "but", or denies that it has changed."""
+    if DENIED_CHANGE.search(sentence):
+        return bool(FINDING.search(sentence))
     denial, turn = NORMAL.search(sentence), TURN.search(sentence)
     stated = sentence if denial is None else sentence[: denial.start()]
     return bool(FINDING.search(stated) or (turn and FINDING.search(sentence[turn.end() :])))
