@@ -40,7 +40,7 @@ from utils.journal import claim_folder, journal_path, lock_journal, read_record,
 from utils.metadata import dataset_hash, load_rows
 from utils.mirror import Mirror
 from utils.overview import count, overview_page, summary_lines
-from utils.pseudonyms import load_salt, pseudonym, pseudonymised
+from utils.pseudonyms import keep_private, load_salt, pseudonym, pseudonymised
 from utils.refusal import ArgumentParser, Refused, run
 from utils.sources import (
     chexpert,
@@ -161,6 +161,8 @@ def main(args: argparse.Namespace) -> int:
         asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
         journal = journal_path(args.cache_dir, args.output_dir)
         held_open.enter_context(lock_journal(journal))
+        if salt is not None:
+            keep_private(journal)  # it notes which file a film was made of
         done = claim_folder(args.output_dir, journal, asked, args.overwrite, args.add)
 
         # Fetch and prepare the others

@@ -64,6 +64,16 @@ def test_eight_bits_are_kept_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode_film(save(tmp_path, pixels, 8)), pixels)
 
 
+def test_eight_bits_through_a_modality_table_span_the_greys(tmp_path: Path) -> None:
+    """Values are then the table's, up to 4,080 here: against 255 nearly all would be white."""
+    pixels = chest(8).astype(np.uint8)
+    table = voi_lut(np.arange(256, dtype=np.uint16) * 16, 0, 16)
+    table[0].ModalityLUTType = "OD"
+    film = decode_film(save(tmp_path, pixels, 8, ModalityLUTSequence=table))
+    assert (film == 255).mean() < 0.05
+    assert np.corrcoef(film.ravel(), pixels.ravel())[0, 1] > 0.99
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 def test_both_polarities_give_the_same_film(tmp_path: Path, bits: int) -> None:
     pixels = chest(bits).astype(np.uint8 if bits == 8 else np.uint16)

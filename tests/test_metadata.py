@@ -9,7 +9,7 @@ from PIL import Image
 from tests.conftest import mirror_of
 from utils.check import check_dataset
 from utils.files import sha256_file, write_jsonl
-from utils.metadata import dataset_hash, parse_table, path_fault, read_metadata
+from utils.metadata import dataset_hash, findings_list, parse_table, path_fault, read_metadata
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.sources import folder, nih
@@ -308,3 +308,21 @@ def test_folders_that_cannot_be_used_are_refused(tables, message, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(Refused, match=message):
         folder.list_films(Mirror(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "findings"),
+    [
+        (["edema", "Effusion"], ["edema", "Effusion"]),
+        (["No Finding"], []),
+        ("No finding", []),
+        ("Edema;Effusion", ["Edema", "Effusion"]),
+        ('["Edema"]', ["Edema"]),
+        ("Effusion | Edema", ["Edema", "Effusion"]),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_findings_are_read_alike_whoever_wrote_the_table(cell: object, findings: list[str] | None) -> None:
+    """A healthy film of one's own table has no finding called "No finding"."""
+    assert findings_list(cell) == findings

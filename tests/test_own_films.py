@@ -57,7 +57,10 @@ def test_nothing_of_a_dicom_folder_tells_who_the_patients_are(tmp_path: Path) ->
     (names,) = (tmp_path / "cache" / "raw").rglob("names.jsonl")
     files = {row["source_id"]: row["file"] for row in read_jsonl(names)}
     assert {files[row["source_id"]].partition("/")[0] for row in rows} == {f"Known, Somebody {n}" for n in range(6)}
-    assert stat.S_IMODE(names.stat().st_mode) == stat.S_IMODE((tmp_path / "cache" / "salt").stat().st_mode) == 0o600
+    (journal,) = (tmp_path / "cache" / "journal").glob("*.jsonl")
+    assert "Known, Somebody" in journal.read_text()
+    for private in (names, journal, tmp_path / "cache" / "salt"):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600, private
 
 
 def test_pseudonyms_last_as_long_as_their_key(tmp_path: Path) -> None:
@@ -93,6 +96,13 @@ def headers(tmp_path: Path, **elements) -> object:
         ({"ViewPosition": "LL"}, {"view": "LATERAL"}),
         ({"PatientOrientation": ["L", "F"]}, {"view": "FRONTAL"}),
         ({"PatientOrientation": ["P", "F"]}, {"view": "LATERAL"}),
+        ({"PatientOrientation": ["L", "F"], "ViewPosition": "LLD"}, {"view": "UNKNOWN"}),
+        ({"PatientOrientation": ["L", "F"], "ViewPosition": "PA"}, {"view": "PA", "fault": None}),
+        ({"PatientOrientation": ["R", "F"], "ViewPosition": "PA"}, {"fault": "mirrored or upside down by its header"}),
+        ({"PatientOrientation": ["L", "H"]}, {"fault": "mirrored or upside down by its header"}),
+        ({"PatientOrientation": ["A", "F"], "ViewPosition": "LL"}, {"fault": None}),
+        ({"PresentationIntentType": "FOR PROCESSING"}, {"fault": "not for presentation"}),
+        ({"PresentationIntentType": "FOR PRESENTATION"}, {"fault": None}),
         ({}, {"view": "UNKNOWN", "age": None, "sex": None}),
         ({"PatientAge": "011M"}, {"age": 0}),
         ({"PatientBirthDate": "19500601", "StudyDate": "20200531"}, {"age": 69}),
@@ -201,12 +211,12 @@ def test_a_second_delivery_needs_the_key_of_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("file_name,labels\nelsewhere.dcm,Edema\n", "no file_name of the table is that of a DICOM file"),
+        ("file_name,labels\nelsewhere.dcm,Edema\n", "no file_name of the table is that of one of its 1 DICOM files$"),
         ("number,labels\n1,Edema\n", "expected one of file_name, SOPInstanceUID"),
         ("file_name,nothing\na.dcm,Edema\n", "and one of text, report"),
-        ("file_name,labels\na.dcm,Edema\na.dcm,Edema\n", "is there twice"),
+        ("file_name,labels\na.dcm,Edema\na.dcm,Edema\n", "row 2: its file_name is there twice"),
         ("AccessionNumber,labels\n,Edema\n", "row 1: no AccessionNumber"),
-        ("file_name,labels,patient_id\na.dcm,Edema,\n", "has no patient_id; give one to every film"),
+        ("file_name,labels,patient_id\na.dcm,Edema,\n", "row 1: its film has no patient_id; give one to every film"),
     ],
 )
 def test_tables_that_match_no_dicom_file_are_refused(table: str, message: str, tmp_path: Path) -> None:
@@ -293,6 +303,27 @@ def test_columns_that_are_not_there_are_refused(flags: list[str], message: str, 
     mirror = hub_set(tmp_path / "set")
     with pytest.raises(Refused, match=message):
         run_here(tmp_path, mirror, "--accept_license", *flags, source="hf")
+
+
+def test_a_set_names_no_file_that_is_not_its_own(tmp_path: Path) -> None:
+    """Else a set of the hub could have any file of this machine, or any address behind its wall, come into data/."""
+    for path in (
+        "hf://datasets/me/films@a1b2/x.png",
+        "hf://datasets/me/films/x.png",
+        "zip://x.png::hf://datasets/me/films@a1/y.zip",
+    ):
+        assert hf.belongs("me/films", path)
+    for path in (
+        "/etc/passwd",
+        "http://169.254.169.254/x",
+        "hf://datasets/me/films2@a/x.png",
+        "hf://datasets/me/films@a/../../you/x.png",
+    ):
+        assert not hf.belongs("me/films", path)
+    (tmp_path / "set").mkdir()
+    assert hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / "a" / "x.png"))
+    assert hf.belongs(str(tmp_path / "set"), f"zip://x.png::{tmp_path}/set/films.zip")
+    assert not hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / ".." / "x.png"))
 
 
 def test_classes_and_lists_of_a_set_of_the_hub_are_words(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray,
     if dataset.get("WindowCenter") is not None and float(np.ravel(dataset.get("WindowWidth") or 0)[0]) >= 1:
         black, white = apply_windowing(BEYOND, dataset)
         return apply_windowing(levels, dataset), (float(black), float(white))
-    if dataset.BitsStored == 8 and not dataset.PixelRepresentation and "RescaleSlope" not in dataset:
+    as_stored = "RescaleSlope" not in dataset and "ModalityLUTSequence" not in dataset
+    if dataset.BitsStored == 8 and not dataset.PixelRepresentation and as_stored:
         return levels, (0.0, 255.0)
     return levels, None
 

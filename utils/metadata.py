@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,7 @@ from utils.refusal import Refused
 MAX_AGE = 110  # years; published tables have ages above 400
 MAX_NAME_BYTES = 200
 TABLES = ("metadata.jsonl", "metadata.csv")
+NO_FINDING = ("", "no finding", "no findings", "normal", "none", "nan")  # names of findings that are none
 
 
 def parse_table(name: str, content: bytes, columns: Collection[str], extra_cells: bool = False) -> list[dict]:
@@ -168,10 +170,25 @@ def fold_number(value: object, where: str) -> int | None:
 
 
 def findings_list(value: object) -> list[str] | None:
-    """Return findings as a list: a list as it is, "Edema|Effusion" split, None where the cell is empty."""
+    """Return findings as a list: a list in its order, a text as `finding_names` reads it, None where the cell is empty."""
     if isinstance(value, list):
-        return [str(name) for name in value]
-    return str(value).split("|") if value else None
+        return [str(name) for name in value if str(name).strip().casefold() not in NO_FINDING]
+    return finding_names(value)
+
+
+def finding_names(value: object) -> list[str] | None:
+    """Return findings given as a list, as a JSON list or as "Edema|Effusion", by name; None where the cell is empty."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if isinstance(value, str) and value.strip():
+        value = re.split("[|;]", value)
+    if not isinstance(value, list):
+        return None
+    names = {str(name).strip() for name in value}
+    return sorted(name for name in names if name.casefold() not in NO_FINDING)
 
 
 def row_faults(rows: Iterable[dict], directory: Path) -> Iterator[str]:

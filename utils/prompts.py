@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.captions import VIEW_NAMES, caption
-from utils.metadata import MAX_AGE, findings_list, parse_table
+from utils.metadata import MAX_AGE, NO_FINDING, findings_list, parse_table
 from utils.refusal import Refused
 
 LABELS = ("findings", "view", "age", "sex")  # columns of a table that go along with a prompt
@@ -130,7 +130,7 @@ def axis_value(name: str, word: str) -> str | int | list[str]:
     if name == "findings":
         if not word or "" in (parts := [part.strip() for part in word.split("+")]):
             raise refusal
-        return [] if word.lower() == "none" else parts
+        return [] if word.casefold() in NO_FINDING else parts
     if name == "age":
         if not word.isdecimal() or int(word) > MAX_AGE:
             raise refusal

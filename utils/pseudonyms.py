@@ -41,10 +41,18 @@ def pseudonym(salt: bytes, kind: str, name: str) -> str:
     return hmac.new(salt, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:DIGITS]
 
 
+def keep_private(path: Path) -> None:
+    """Have the next atomic write of a file make it one that nobody but its owner can read."""
+    partial = path.with_name(path.name + ".tmp")  # of files.write_bytes, which keeps what is there as it is
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600))
+    partial.chmod(0o600)
+
+
 def pseudonymised(films: Iterable[Film], salt: bytes, key_dir: Path) -> list[Film]:
     """Return films whose id, file name and patient are pseudonyms, in the order of these, which says nothing either.
 
-    Which film is which file is written to `key_dir`/names.jsonl.
+    Which film is which file is written to `key_dir`/names.jsonl, which is its owner's alone.
     """
     renamed, names = [], []
     for film in films:
@@ -52,7 +60,6 @@ def pseudonymised(films: Iterable[Film], salt: bytes, key_dir: Path) -> list[Fil
         patient_id = film.patient_id and pseudonym(salt, "patient", film.patient_id)
         names.append({"source_id": film_id, "file": film.path})
         renamed.append(replace(film, source_id=film_id, file_name=f"images/{film_id}.png", patient_id=patient_id))
-    key_dir.mkdir(parents=True, exist_ok=True)
+    keep_private(key_dir / "names.jsonl")
     write_jsonl(key_dir / "names.jsonl", names)
-    (key_dir / "names.jsonl").chmod(0o600)
     return sorted(renamed, key=lambda film: film.source_id)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from utils.captions import caption
 from utils.dicom import is_dicom
 from utils.films import UNKNOWN_VIEW, VIEWS, Film
-from utils.metadata import MAX_AGE, parse_table
+from utils.metadata import MAX_AGE, finding_names, parse_table
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import text_of
-from utils.sources.folder import find_table, finding_names
+from utils.sources.folder import find_table
 
 NAME = "dicom"
 COUNT, SIZE, TEXT = "your own", "", "captions, reports or labels"
@@ -34,7 +34,7 @@ EXAMPLE = "python download.py --source dicom --mirror FOLDER (DICOM files in it 
 # What of a header is read at all
 TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientAge", "PatientSex",
-    "PatientBirthDate", "StudyDate", "Modality", "ViewPosition", "PatientOrientation",
+    "PatientBirthDate", "StudyDate", "Modality", "ViewPosition", "PatientOrientation", "PresentationIntentType",
 )  # fmt: skip
 KEYS = (
     "file_name",
@@ -46,6 +46,8 @@ KEYS = (
 TEXT_COLUMNS = ("text", "report", "impression", "findings", "labels")
 RADIOGRAPHS = ("CR", "DX", "DR", "RG", "XA", "RF", "SC", "OT")  # digitised and exported films come as the last two
 DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR, which lists files and is none
+FRONTAL = ("PA", "AP", "FRONTAL")
+DECUBITUS = ("LLD", "RLD")  # lying on a side
 SEXES = {"M": "M", "F": "F"}  # "O" is other
 OLDEST = 90  # years: who is older is so rare as to be known by it (45 CFR 164.514)
 
@@ -86,8 +88,7 @@ def list_films(mirror: Mirror) -> list[Film]:
     found = {key for header in headers if (key := key_of(header, words.key)) in words.rows}
     if not found:
         raise Refused(
-            f"--mirror {mirror.place}: no {words.key} of the table is that of a DICOM file, such as "
-            f"{key_of(headers[0], words.key)!r}"
+            f"--mirror {mirror.place}: no {words.key} of the table is that of one of its {len(headers)} DICOM files"
         )
     films = [film_of(header, words) for header in headers]
     if any(film.patient_id for film in films):  # then one without could be anybody's
@@ -118,10 +119,10 @@ def read_words(mirror: Mirror) -> Words:
         if not value:
             raise Refused(f"{table}, row {number}: no {key}; whose film it is cannot be told, leave the row out")
         if by_key.setdefault(value, row) is not row:
-            raise Refused(f"{table}: {key} {value!r} is there twice; leave one row out")
+            raise Refused(f"{table}, row {number}: its {key} is there twice; leave one row out")
         if "patient_id" in row and not str(row["patient_id"] or "").strip():
             raise Refused(
-                f"{table}: {key} {value!r} has no patient_id; give one to every film or leave the column out"
+                f"{table}, row {number}: its film has no patient_id; give one to every film or leave the column out"
             )
     return Words(by_key, key, column)
 
@@ -207,14 +208,22 @@ def film_of(header: Header, words: Words) -> Film:
 def fault_of(elements: Mapping[str, str]) -> str | None:
     """Return why a file is no film, None where it may be one; no other text of its header comes out."""
     modality = elements["Modality"].upper()
-    if not modality or modality in RADIOGRAPHS:
-        return None
-    return f"modality {modality}" if re.fullmatch("[A-Z]{2,8}", modality) else "modality not known"
+    if modality and modality not in RADIOGRAPHS:
+        return f"modality {modality}" if re.fullmatch("[A-Z]{2,8}", modality) else "modality not known"
+    if elements["PresentationIntentType"].upper() == "FOR PROCESSING":
+        return "not for presentation"  # the detector's values, beside the film that was made of them
+    # Not turned here: headers are wrong at times, and "left" in a caption must be left on the film
+    row, _, column = elements["PatientOrientation"].upper().partition("\\")
+    if view_of(elements) in FRONTAL and (row.strip()[:1] == "R" or column.strip()[:1] == "H"):
+        return "mirrored or upside down by its header"
+    return None
 
 
 def view_of(elements: Mapping[str, str]) -> str:
     """Return the view by View Position, else by the axes of Patient Orientation: left to right is frontal."""
     view = VIEWS.get(elements["ViewPosition"].upper())
+    if elements["ViewPosition"].upper() in DECUBITUS:
+        return UNKNOWN_VIEW
     if view is None:
         row_axis = elements["PatientOrientation"].partition("\\")[0].strip().upper()[:1]
         view = "FRONTAL" if row_axis in ("L", "R") else "LATERAL" if row_axis in ("A", "P") else UNKNOWN_VIEW

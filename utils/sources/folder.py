@@ -1,12 +1,11 @@
 """Films of your own: a folder, or an address, with one table that names them."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
 from utils.films import Film, view_named
-from utils.metadata import MAX_AGE, MAX_NAME_BYTES, parse_table, path_fault
+from utils.metadata import MAX_AGE, MAX_NAME_BYTES, finding_names, parse_table, path_fault
 from utils.mirror import Mirror
 from utils.refusal import Refused
 
@@ -21,7 +20,6 @@ EXAMPLE = "python download.py --source folder --mirror FOLDER_OR_ADDRESS"
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
-NO_FINDING = ("", "no finding", "no findings", "normal", "none", "nan")
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -98,21 +96,6 @@ def data_name(name: str) -> str:
     if len(flat.encode()) > MAX_NAME_BYTES:  # of deep folders named after UIDs
         flat = f"{flat[:40]}_{hashlib.sha256(flat.encode()).hexdigest()[:16]}"
     return f"images/{flat}.png"
-
-
-def finding_names(value: object) -> list[str] | None:
-    """Return findings given as a list, as a JSON list or as "Edema|Effusion"; None where the cell is empty."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return None
-    if isinstance(value, str) and value.strip():
-        value = re.split("[|;]", value)
-    if not isinstance(value, list):
-        return None
-    names = {str(name).strip() for name in value}
-    return sorted(name for name in names if name.casefold() not in NO_FINDING)
 
 
 def age_in_years(value: object) -> int | None:

@@ -13,10 +13,11 @@ from utils.captions import caption
 from utils.files import write_bytes
 from utils.films import Film, view_named
 from utils.hub import HUB_ERRORS
+from utils.metadata import finding_names
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import text_of
-from utils.sources.folder import age_in_years, finding_names
+from utils.sources.folder import age_in_years
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -181,13 +182,26 @@ def open_archives(films: Iterable[Film], mirror: Mirror) -> list[Archive]:
             f"{mirror.place}, split {split}",
             partial(open_split, mirror.place, split),
             {film.path: mirror.raw_dir / film.path for film in films if film.archive == split},
-            partial(films_of_split, column=mirror.columns.get("image_column")),
+            partial(films_of_split, place=mirror.place, column=mirror.columns.get("image_column")),
         )
         for split in sorted({film.archive for film in films})
     ]
 
 
-def films_of_split(archive: Archive, column: str | None) -> Iterator[str]:
+def belongs(place: str, path: str) -> bool:
+    """Return whether a film's path lies in the set that names it: else it could be any file of this machine, or any address.
+
+    Args:
+        place: OWNER/NAME on the hub, or a folder.
+        path: as `datasets` gives it, such as "hf://datasets/OWNER/NAME@COMMIT/a.png" or "zip://a.png::/folder/films.zip".
+    """
+    outermost = path.rpartition("::")[2]
+    if os.path.isdir(place):
+        return Path(outermost).resolve().is_relative_to(Path(place).resolve())
+    return outermost.startswith((f"hf://datasets/{place}@", f"hf://datasets/{place}/")) and ".." not in outermost
+
+
+def films_of_split(archive: Archive, place: str, column: str | None) -> Iterator[str]:
     """Put the wanted films of a split where they go, as they were encoded, and yield the path of each when it is there."""
     import datasets
     import fsspec
@@ -203,6 +217,8 @@ def films_of_split(archive: Archive, column: str | None) -> Iterator[str]:
         if path is not None and picture is not None:
             content = picture["bytes"]
             if content is None:
+                if not belongs(place, picture["path"]):
+                    continue  # nor is one that names another place
                 try:
                     with fsspec.open(picture["path"], "rb") as file:
                         content = file.read()

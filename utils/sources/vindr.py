@@ -24,7 +24,7 @@ PARTS = ("train", "test")
 KAGGLE_TABLE = "train.csv"
 KAGGLE_COLUMNS = ("image_id", "class_name", "rad_id")
 MAJORITY = 2  # of three radiologists
-WRITTEN_OUT = {"ILD": "Interstitial lung disease"}
+WRITTEN_OUT = {"ILD": "Interstitial lung disease", "COPD": "COPD", "Enlarged PA": "Enlarged pulmonary artery"}
 
 
 def list_films(mirror: Mirror) -> list[Film]:
