@@ -67,7 +67,7 @@ from utils.alignment import (
     views_of,
 )
 from utils.audit import audit, caption_pull, compare_pulls, suspects
-from utils.card import terms_of, write_card
+from utils.card import public_base, terms_of, write_card
 from utils.cross_validation import (
     asked_of,
     columns_of,
@@ -350,7 +350,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     # Figures, each with a bootstrap interval by patient
     metrics = {
         "fold": config["fold"],
-        "base": config["base"],
+        "base": public_base(config["base"]),
         "adapter": {"sha256": sha256_file(adapter_file), "step": header.get("step")},
         "films": len(bank),
         "patients": len(set(bank.patients)),

@@ -38,6 +38,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from utils.card import public_base
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import require_space, sha256_file, write_bytes
 from utils.films import UnusableFilm
@@ -256,6 +257,15 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict
     return files, adapters, next((header for _, header in adapters if header), {}), decoders
 
 
+def base_of(adapter: Path, named: str) -> str:
+    """Return the base model that an adapter names; one in a folder, of which it has the last part, as its run's record has it."""
+    try:
+        recorded = read_config(adapter.parent)["base"]
+    except (Refused, KeyError, TypeError):  # no run's folder
+        return named
+    return recorded if public_base(recorded) == named else named
+
+
 def load_model(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
@@ -267,7 +277,8 @@ def load_model(
         revision, variant = args.revision or trained.get("revision"), args.variant or trained.get("variant")
     else:
         revision, variant = args.revision, args.variant
-    base_name = canonical_name(base_name or header.get("base") or default_base())
+    told = (base_of(file, of["base"]) for file, (_, of) in zip(files, adapters, strict=True) if "base" in of)
+    base_name = canonical_name(base_name or next(told, None) or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
     base = with_schedule(base, trained.get("prediction_type"), trained.get("rescale_betas_zero_snr", False))
     resolution = header.get("resolution") or base.resolution if args.resolution is None else args.resolution
@@ -284,7 +295,7 @@ def load_model(
     try:
         merge_adapters(pipeline, [(state, scale) for (state, _), scale in zip(adapters, scales, strict=True)])
     except Refused as refusal:
-        if header.get("base", base_name) == base_name:
+        if header.get("base", base_name) in (base_name, public_base(base_name)):
             raise
         raise Refused(f"{files[0]} is an adapter for {header['base']}, not for {base_name}: {refusal}") from refusal
     for path in decoders.values():
@@ -317,7 +328,7 @@ def load_model(
         accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
     quality = QualityControl(args.reference, resolution, accelerator.device, [header for _, header in adapters])
     described = {
-        "base": base_name, "base_revision": revision, "base_variant": variant,
+        "base": public_base(base_name), "base_revision": revision, "base_variant": variant,
         "adapters": [
             {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True) if scale
         ],

@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
 from utils.boxes import read_boxes
-from utils.card import write_card
+from utils.card import public_base, public_settings, write_card
 from utils.checkpoint import (
     amend_checkpoint,
     clear_run,
@@ -476,7 +476,7 @@ def fit_decoder(
         SSIM and PSNR of the validation films' round trip `before` and `after`.
     """
     films = FilmDataset(Path(args.train_data_dir), training_rows, args.resolution, args.image_interpolation_mode)
-    record = {"base": args.pretrained_model_name_or_path, "fold": args.fold, "data_hash": set_hash}
+    record = {"base": public_base(args.pretrained_model_name_or_path), "fold": args.fold, "data_hash": set_hash}
     films_at_a_time = min(8, max(1, 512 * 512 // args.resolution**2))
     with explain_out_of_memory("adapting the decoder", "lower --resolution, or --adapt_decoder_steps 0"):
         header = adapt_decoder(
@@ -821,8 +821,9 @@ def main(args: argparse.Namespace) -> int:
             sheet = draw_samples(live, args, accelerator, step) if args.num_validation_images else None
             row = {"step": step} | summarise(scores) | {"best_step": early_stopping.best_step}
             if is_best and accelerator.is_main_process:
-                header = {"base": config["base"], "fold": args.fold, "step": step, "resolution": args.resolution}
-                header |= {"settings": settings, "data_hash": set_hash, "metrics": row}
+                header = {"base": public_base(config["base"]), "fold": args.fold, "step": step}
+                header |= {"resolution": args.resolution, "data_hash": set_hash, "metrics": row}
+                header |= {"settings": public_settings(settings)}
                 names, adapter = [WEIGHTS_NAME], adapter_state(live_unet, live_text_encoder)
                 save_adapter(run_dir / WEIGHTS_NAME, adapter, header)
                 (run_dir / KOHYA_NAME).unlink(missing_ok=True)  # an earlier best's

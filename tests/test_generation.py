@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -290,6 +291,10 @@ def test_the_captions_that_a_run_held_out_are_drawn(
     lora = tmp_path / "fold3"
     train(tiny_base, tiny_data, lora, "--fold", "3", "--max_train_steps", "1")
     rows = make(tiny_base, tmp_path / "out", "--lora", str(lora), "--from_fold")
+    by_itself = generate.parse_args(["--lora", str(lora)])
+    _, described, _ = generate.load_model(by_itself, Accelerator(mixed_precision="no"))
+    assert described["base"] == rows[0]["base"] == tiny_base.name, "found by the run's record, told by its last name"
+    assert str(tiny_base.parent).encode() not in (lora / WEIGHTS_NAME).read_bytes()
     held_out = [row for row in read_jsonl(tiny_data / TABLE) if row["fold"] == 3]
     assert {row["prompt"] for row in rows} == {row["text"] for row in held_out}
     assert {str(row["labels"]["findings"]) for row in rows} == {"[]", "['pneumonia']"}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from utils import hub
-from utils.card import model_card
+from utils.card import model_card, public_base
 from utils.refusal import Refused
 from utils.report import contact_sheet, draw_curves, html_page, html_table, save_png
 
@@ -92,6 +93,33 @@ def test_the_hub_never_gets_a_picture_of_a_patient() -> None:
              "samples/step-000100.png", "checkpoint-100/training_state.pt", "logs/events"]  # fmt: skip
     sent = list(filter_repo_objects(there, allow_patterns=hub.UPLOADED))
     assert sent == ["pytorch_lora_weights.safetensors", "README.md", "samples/step-000100.png"]
+
+
+def test_what_leaves_the_machine_names_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path may hold a name: of whoever trains, or of a patient."""
+    base = tmp_path / "jane.doe" / "sd15"
+    base.mkdir(parents=True)
+    settings = {"rank": 4, "text_encoder_rank": 4, "pretrained_model_name_or_path": str(base)}
+    config = CONFIG | {
+        "base": str(base),
+        "train_data_dir": str(tmp_path),
+        "cache_dir": str(tmp_path),
+        "settings": settings,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sent = {}
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(api, "upload_folder", lambda self, **_: None)
+    monkeypatch.setattr(
+        api, "upload_file", lambda self, **of: sent.update({of["path_in_repo"]: of["path_or_fileobj"]})
+    )
+    assert hub.push(tmp_path, "chest", None) == "me/chest"
+    assert json.loads(sent["config.json"])["base"] == "sd15"
+    assert b"jane.doe" not in sent["config.json"] and str(tmp_path).encode() not in sent["config.json"]
+    assert "jane.doe" not in model_card(config, tmp_path, VALIDATIONS, best_step=10)
+    for kept in ("assets/cxr-tiny", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        assert public_base(kept) == kept
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

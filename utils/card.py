@@ -101,6 +101,23 @@ def write_card(run_dir: Path, data_dir: Path) -> None:
     write_bytes(run_dir / "README.md", card.encode())
 
 
+def public_base(base: str) -> str:
+    """Return a base model as what leaves the machine names it: a folder by its last part, for its path may hold a name."""
+    return Path(base).name if base not in LICENSES and Path(base).is_dir() else base
+
+
+def public_config(config: dict) -> dict:
+    """Return a run's `config.json` as it may leave the machine: without its folders, the base as `public_base` has it."""
+    kept = {name: value for name, value in config.items() if name not in ("train_data_dir", "cache_dir")}
+    return kept | {"base": public_base(config["base"]), "settings": public_settings(config["settings"])}
+
+
+def public_settings(settings: dict) -> dict:
+    """Return a run's settings as they may leave the machine."""
+    name = "pretrained_model_name_or_path"
+    return settings | ({name: public_base(settings[name])} if name in settings else {})
+
+
 def terms_of(base: str, data_dir: Path) -> list[str]:
     """Return the licence of a base model, and that of each source of a data set with its terms in full."""
     return [f"base model: {LICENSES.get(base, UNKNOWN)[1]}"] + [
@@ -137,7 +154,7 @@ def model_card(
     return CARD.format(
         **config["films"],
         decoder=DECODER.format(**config["vae_decoder"]) if config.get("vae_decoder") else "",
-        base=config["base"],
+        base=public_base(config["base"]),
         fold=config["fold"],
         resolution=config["resolution"],
         rank=config["settings"]["rank"],

@@ -1,10 +1,12 @@
 """The Hugging Face hub: sending an adapter there, and what its library raises where it cannot be reached. No torch."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from utils.card import public_config
 from utils.refusal import Refused
 
 # HTTPError is that of the HTTP client which the library is built on, of late another one than ours
@@ -16,7 +18,6 @@ UPLOADED = [
     "kohya_lora_weights.safetensors",
     "vae_decoder.safetensors",
     "README.md",
-    "config.json",
     "log.jsonl",
     "validation.jsonl",
     "curves.png",
@@ -38,6 +39,9 @@ def push(run_dir: Path, repository: str | None, token: str | None) -> str:
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
+        config = public_config(json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
+        content = json.dumps(config, indent=1, ensure_ascii=False).encode()
+        api.upload_file(repo_id=repo_id, path_or_fileobj=content, path_in_repo="config.json")
         api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=UPLOADED)
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
