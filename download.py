@@ -161,8 +161,7 @@ def main(args: argparse.Namespace) -> int:
         asked = {"preprocessing": PREPROCESSING, "settings": settings, "sources": [*earlier, {"name": name, **this}]}
         journal = journal_path(args.cache_dir, args.output_dir)
         held_open.enter_context(lock_journal(journal))
-        if salt is not None:
-            keep_private(journal)  # it notes which file a film was made of
+        keep_private(journal)  # it notes which file a film was made of
         done = claim_folder(args.output_dir, journal, asked, args.overwrite, args.add)
 
         # Fetch and prepare the others

@@ -125,7 +125,7 @@ from utils.report import (
     save_png,
     tstr_over_folds_table,
 )
-from utils.runlog import package_versions, read_config, read_split
+from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.seeding import derive_seed
 from utils.subgroups import subgroups
 from utils.tokens import tokenize
@@ -216,7 +216,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     adapter, header = read_adapter(adapter_file)
     decoder_file = None if args.no_vae_decoder else find_decoder(run_dir)
     decoder, decoder_header = read_decoder(decoder_file) if decoder_file else ({}, {})
-    data_dir = args.train_data_dir or Path(config["train_data_dir"])
+    data_dir = films_of_run(config, args.train_data_dir)
 
     # The fold that was held out, and the training films that floors are fitted on
     rows, training_rows, held_out_rows = read_split(config, run_dir, data_dir)
@@ -229,7 +229,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     device = accelerator.device
     space = SPACES[args.features](device)
-    cache_dir = args.cache_dir or config["cache_dir"]
+    cache_dir = args.cache_dir or config.get("cache_dir")
     base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
     if device.type == "cpu":
         use_all_cores()
@@ -362,7 +362,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             "max_films": args.max_films,
         },
         "mixed_precision": accelerator.mixed_precision,
-        "prediction_type": noise_scheduler.config.prediction_type,
+        "predicts": noise_scheduler.config.prediction_type,
         "features": space.name,
         "features_note": space.note,
         "num_folds": config["num_folds"],

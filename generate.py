@@ -83,7 +83,7 @@ from utils.provenance import (
 from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
-from utils.runlog import package_versions, read_config, read_split
+from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
 from utils.tokens import fit_captions
@@ -232,7 +232,7 @@ def typed_prompts(texts: Sequence[str]) -> list[Prompt]:
 def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     """Return the captions of the films that a run was not trained on, with what the table says of them."""
     config = read_config(run_dir)
-    _, _, held_out = read_split(config, run_dir, data_dir or Path(config["train_data_dir"]))
+    _, _, held_out = read_split(config, run_dir, films_of_run(config, data_dir))
     return [Prompt(row["text"], labels=labels_of(row) | {"held_out": True}) for row in held_out]
 
 

@@ -311,7 +311,7 @@ def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys
             path.write_text(json.dumps(metrics))
 
     for path in other.glob("fold*/evaluation/metrics.json"):
-        path.write_text(path.read_text().replace('"prediction_type": "epsilon"', '"prediction_type": "v_prediction"'))
+        path.write_text(path.read_text().replace('"predicts": "epsilon"', '"predicts": "v_prediction"'))
     measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
     figures = json.loads((tmp_path / "summary.json").read_text())["against"]["figures"]
     assert set(figures) == {

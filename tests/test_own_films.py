@@ -63,6 +63,13 @@ def test_nothing_of_a_dicom_folder_tells_who_the_patients_are(tmp_path: Path) ->
         assert stat.S_IMODE(private.stat().st_mode) == 0o600, private
 
 
+def test_the_journal_stays_private_when_another_source_is_added(tmp_path: Path) -> None:
+    run_here(tmp_path, dicom_folder(tmp_path / "scans"), source="dicom")
+    run_here(tmp_path, folder_mirror(tmp_path / "films"), "--add")
+    (journal,) = (tmp_path / "cache" / "journal").glob("*.jsonl")
+    assert "Known, Somebody" in journal.read_text() and stat.S_IMODE(journal.stat().st_mode) == 0o600
+
+
 def test_pseudonyms_last_as_long_as_their_key(tmp_path: Path) -> None:
     mirror = dicom_folder(tmp_path / "scans")
     data = run_here(tmp_path / "one", mirror, source="dicom")
@@ -323,6 +330,8 @@ def test_a_set_names_no_file_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     assert hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / "a" / "x.png"))
     assert hf.belongs(str(tmp_path / "set"), f"zip://x.png::{tmp_path}/set/films.zip")
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "blob")  # as in the hub's own cache
+    assert hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / "link.png"))
     assert not hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / ".." / "x.png"))
 
 

@@ -118,6 +118,7 @@ def test_what_no_single_film_shows_is_left_out(sentence: str) -> None:
         "The effusion has decreased.",
         "The pneumothorax is smaller.",
         "Effusion without significant change in volume loss.",
+        "No increase in size of the nodule.",
     ],
 )
 def test_a_denied_change_is_not_a_denied_finding(said: str) -> None:
@@ -136,16 +137,17 @@ def test_what_is_denied_ends_where_the_next_begins() -> None:
         "No degenerative changes.",
         "No effusion.",
     ]
+    for denied in ("No effusion, new infiltrate or pneumothorax.", "No pneumothorax, unchanged nodule, or effusion."):
+        assert all(said.startswith("No ") for said in caption_sentences(denied, "")), "a list goes on"
     assert caption_sentences("The left effusion is larger than the right.", "") == [
         "The left effusion is larger than the right."
     ]
 
 
 def test_films_of_other_parts_are_not_told_of() -> None:
-    said = (
-        "Left knee. Advanced degenerative joint disease. Chest. Lungs are clear. Phleboliths in the pelvis. Scoliosis."
-    )
-    assert caption_sentences(said, "") == ["Scoliosis.", "Lungs are clear."]
+    said = "Left knee. Advanced degenerative joint disease. Chest. Lungs are clear. Tube tip in the pelvis. Scoliosis."
+    assert caption_sentences(said, "") == ["Tube tip in the pelvis.", "Scoliosis.", "Lungs are clear."]
+    assert caption_sentences("Bilateral hip replacements. Small left effusion.", "")[-1] == "Small left effusion."
     assert caption_sentences("Right knee: severe narrowing. Osteophytes.", "Heart is normal.") == ["Heart is normal."]
 
 
@@ -157,6 +159,16 @@ def test_films_of_other_parts_are_not_told_of() -> None:
         ("Clinical information: cough\n\nReport: Large right effusion.\n\nDr A. Jones", "Large right effusion."),
         ("IMPRESSION:\nNormal chest\nJohn Smith, Consultant Radiologist, GMC 1234567", "Normal chest."),
         ("IMPRESSION:\nMild Cardiomegaly\nClear Lungs", "Mild Cardiomegaly Clear Lungs."),
+        ("IMPRESSION:\nNormal chest.\n\nJane Doe\n12/03/2020 14:05", "Normal chest."),
+        (
+            "TRACHEA IS CENTRAL.\nHEART SIZE IS\nNORMAL. LUNGS CLEAR.",
+            "TRACHEA IS CENTRAL. HEART SIZE IS NORMAL. LUNGS CLEAR.",
+        ),
+        (
+            "Opacity is\nat the base. Seen by Dr. Smith.\nLungs otherwise clear.",
+            "Opacity is at the base. Lungs otherwise clear.",
+        ),
+        ("Chest PA.\n\nBilateral hilar lymphadenopathy.", "Bilateral hilar lymphadenopathy."),
     ],
 )
 def test_who_reported_is_not_in_the_caption(report: str, caption: str) -> None:
@@ -173,6 +185,25 @@ def test_a_film_is_not_called_normal_because_its_finding_was_left_out() -> None:
 @pytest.mark.parametrize("word", ["mediastin", "thora", "exam", "vascular"])
 def test_odd_words_take_no_time(word: str) -> None:
     assert not describes_the_film(word * 200 + "!")
+
+
+def test_odd_lines_take_no_time() -> None:
+    assert text_of({"report": "Effusion.\n" + "A" * 5000 + "\n" + "No of the " * 500}, "report", "A film.")
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "No degenerative change in the spine.",
+        "No obvious fracture or degenerative change of the ribs.",
+        "No increase in interstitial markings.",
+        "Heart is not enlarged with fibrotic change in the upper lobes.",
+        "There is no development of effusion.",
+    ],
+)
+def test_kinds_of_change_are_no_changes_since(sentence: str) -> None:
+    said = caption_sentences(f"Heart size normal. {sentence}", "")
+    assert "Heart size normal." in said and len(said) == 2
 
 
 def test_the_impression_leads_and_normal_sentences_come_last() -> None:

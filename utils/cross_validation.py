@@ -40,7 +40,7 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
             if part in fold and file.is_file() and sha256_file(file) != fold[part]["sha256"]:
                 raise Refused(f"{path.parent} is of another {part} than the one beside it; evaluate that fold again")
         whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "prediction_type" not in fold or not whole:
+        if "predicts" not in fold or not whole:
             raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
@@ -107,7 +107,7 @@ def unlike_figures(one: dict, other: dict) -> dict[str, str]:
     """
     rescaled = [fold["settings"].get("rescale_betas_zero_snr", False) for fold in (one, other)]
     predicted = [
-        (fold["base"], fold["prediction_type"], fold["settings"]["revision"], fold["settings"]["variant"])
+        (fold["base"], fold["predicts"], fold["settings"]["revision"], fold["settings"]["variant"])
         for fold in (one, other)
     ]
     if rescaled[0] != rescaled[1]:

@@ -53,17 +53,21 @@ COMPARISONS = tuple(
     )
 )
 # "No interval worsening of the effusion", "no change in the effusion": without what is compared it would be "no effusion"
+CERTAINTY = (
+    r"(?:(?:evidence|signs?|suggestion|of|for|an?|any|the|definite|significant|interval|convincing|appreciable|obvious|other|major"
+    r"|gross|further|radiographic) )*"
+)
 DENIED_CHANGE = re.compile(
-    r"\b(?:no|not|without|nor)\b(?:(?!\b(?:but|which|that)\b)[^.,;])*?\b(?:worsening|progression|increase|decrease|improvement"
-    r"|development|change)(?: in size)? (?:of|in)\b(?! (?:appearance|size|position)\b)"
-    r"|\b(?:no|not|without|nor)\b (?:(?:evidence|signs?|definite|significant|interval|convincing|of|for|an?|any|the) )*"
-    r"(?:worsening|progress\w*|increasing|decreasing|improv\w*|persist\w*|stable|unchanged)\b"
-    r"|\bno (?:(?:significant|interval|definite|appreciable|obvious|other|major|gross) ){0,2}changes?\b",
+    rf"\b(?:no|not|without|nor) {CERTAINTY}(?:"
+    r"(?:worsening|progression|improvement|change|interval (?:increase|decrease))(?: in size)? (?:of|in)\b"
+    r"(?! (?:appearance|size|position)\b)|(?:increase|decrease) in size\b"
+    r"|(?:worsening|progress\w*|increasing|decreasing|improv\w*|stable|unchanged)\b)"
+    rf"|\bno {CERTAINTY}changes?\b",
     re.IGNORECASE,
 )
-# "No pneumothorax, unchanged effusion": what is denied ends at the comma
+# "No pneumothorax, unchanged effusion": what is denied ends at the comma, unless it goes on with an "or"
 DENIED_UP_TO = re.compile(
-    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged|persistent|new)\s(?!and\b|or\b))", re.IGNORECASE
+    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged)\s(?!and\b)(?![^.;]*\b(?:or|nor)\b))", re.IGNORECASE
 )
 # What a film cannot show: what has changed since another one, and what is no longer there
 EARLIER = words(
@@ -85,17 +89,14 @@ ELSEWHERE = words(
     "signed", "transcribed", "(?:read|seen|interpreted|reported) by", "attending", "resident", "mrn", "dob", "date of birth",
     "patient (?:name|id)", r"m\.?d(?:\.|\b)", r"\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}", r"\d{1,2}:\d\d",
 )  # fmt: skip
-# Films of other parts, of which some reports tell as well; "Left knee." begins what is not about the chest
-OTHER_PART = words(
-    "knees?", "hips?", "pelvis", "femur", "lumbosacral", "ankles?", "feet", "foot", "elbows?", "wrists?"
-)
+# Films of other parts, of which some reports tell as well: "Left knee." begins what is not about the chest
+PART = r"(?:(?:the|left|right|both|bilateral) )*(?:knees?|hips?|pelvis|femurs?|lumbosacral spine|ankles?|feet|foot|elbows?|wrists?)"
+OTHER_PART = re.compile(rf"{PART}(?: and {PART})*(?:,? \w+ views?)?\.?", re.IGNORECASE)
 THE_CHEST = words(
-    "chest", "lungs?", "heart", "cardiac", r"cardio\w*", r"mediastin\w*", "pulmonary", r"pleura\w*", r"hil(?:ar|um|a)"
-)
-LABEL_WORDS, NOT_OF_A_LABEL = (
-    4,
-    words("in", "of", "over", "is", "are"),
-)  # a label has so many at most, and none of these
+    "chest", "lungs?", "heart", "cardiac", r"cardio\w*", r"mediastin\w*", "pulmonary", r"pleura\w*", r"hil(?:ar|um|a)", "ribs?",
+    r"aort\w*", r"trache\w*", r"pneumothora\w*", r"opaci\w*", r"consolidat\w*", r"infiltrat\w*", r"nodul\w*", "airspace",
+    "(?:left|right|small|moderate|large|bilateral) effusions?",
+)  # fmt: skip
 HEADING = re.compile(
     r"(?:^|(?<=[.;] ))[ \t]*"
     r"([A-Z][A-Z ,/&()-]{2,60}|(?i:findings?|impressions?|conclusions?|reports?|results?)[ \t]*):",
@@ -107,9 +108,10 @@ FINDINGS = re.compile(
     r"findings?|(?:reports?|results?)\s*$|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)",
     re.I,
 )
-# Who reported, on a line of its own: an office, or nothing but a name
+# Who reported and when, below a report: an office, or nothing but a name or a date
 OFFICE = words("radiologist", "consultant", "registrar", "gmc", "dr", "prof(?:essor)?")
-NAME = re.compile(r"(?:[A-Z][\w'-]*\.?,? ?){2,4}")
+NAME = re.compile(r"[A-Z][\w'.-]{0,29}(?:,? [A-Z][\w'.-]{0,29}){1,3}")
+DATE = re.compile(r"[\d/.: -]{4,24}")
 SIGNATURE_WORDS = 10  # at most
 LEAST_WORDS = 3  # before such a remark, for the rest to be a statement
 # What a remark or a token leaves at the end of a sentence
@@ -199,27 +201,37 @@ def text_of(cells: Mapping, column: str, first: str) -> str:
 def sections_of(report: str) -> dict[str, str]:
     """Return `findings` and `impression` of a whole report; of one without these headings, the last paragraph that tells of any.
 
-    Lines that say who reported are left out.
+    Lines at the end that say who reported are left out.
     """
-    parts = HEADING.split("\n".join(line for line in report.splitlines() if not is_signature(line)))
+    parts = HEADING.split(unsigned(report))
     sections = {"findings": "", "impression": ""}
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
         kind = kind_of(heading)
         if kind is not None:
             sections[kind] = f"{sections[kind]} {body}".strip()
     if not any(text.strip() for text in sections.values()):
-        paragraphs = re.split(r"\n[ \t]*\n", parts[-1])
+        paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", parts[-1]) if paragraph.strip()]
         told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
-        sections["findings"] = told[-1] if told else ""
+        sections["findings"] = (told or paragraphs or [""])[-1]
     return {kind: " ".join(text.split()) for kind, text in sections.items()}
 
 
-def is_signature(line: str) -> bool:
-    """Return whether a line is a name, or names somebody's office, and says nothing of a film."""
-    line = line.strip()
+def unsigned(report: str) -> str:
+    """Return a report without the lines at its end that say who wrote it, and when."""
+    lines = report.rstrip().splitlines()
+    while lines and is_signature(lines[-1].strip(), lines[-2].strip() if len(lines) > 1 else ""):
+        lines = "\n".join(lines[:-1]).rstrip().splitlines()
+    return "\n".join(lines)
+
+
+def is_signature(line: str, before: str) -> bool:
+    """Return whether a line names somebody's office, or is a name or a date below a whole sentence, and says nothing of a film."""
     if FINDING.search(line) or NORMAL.search(line) or HEADING.search(line):
         return False
-    return bool(OFFICE.search(line) and len(line.split()) <= SIGNATURE_WORDS) or bool(NAME.fullmatch(line))
+    if OFFICE.search(line) and len(line.split()) <= SIGNATURE_WORDS:
+        return True
+    is_name = NAME.fullmatch(line) and not line.isupper()
+    return bool(is_name or DATE.fullmatch(line)) and before[-1:] in ("", ".", ":", "!", "?")
 
 
 def kind_of(heading: str) -> str | None:
@@ -240,19 +252,13 @@ def sentences_of(section: str) -> list[str]:
 
 
 def of_the_chest(pieces: list[str]) -> list[str]:
-    """Return sentences without those about films of other parts: "Left knee." is about one until the chest is named."""
+    """Return sentences without those about films of other parts, from "Left knee." on until one is about the chest."""
     kept, elsewhere = [], False
     for piece in pieces:
-        label = piece.partition(":")[0]
-        if THE_CHEST.search(piece):
+        if OTHER_PART.fullmatch(piece.partition(":")[0].strip()):
+            elsewhere = True
+        elif THE_CHEST.search(piece):
             elsewhere = False
-        elif OTHER_PART.search(piece):
-            elsewhere |= (
-                bool(OTHER_PART.search(label))
-                and len(label.split()) <= LABEL_WORDS
-                and not NOT_OF_A_LABEL.search(label)
-            )
-            continue
         if not elsewhere:
             kept.append(piece)
     return kept

@@ -35,6 +35,15 @@ def read_config(run_dir: Path) -> dict:
         raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
 
 
+def films_of_run(config: dict, given: Path | None) -> Path:
+    """Return the folder of a run's films: the one given, else where the run found them."""
+    if given is None and "train_data_dir" not in config:
+        raise Refused(
+            "this run's config.json names no films, as one from the hub; say where they are: --train_data_dir"
+        )
+    return given or Path(config["train_data_dir"])
+
+
 def read_split(config: dict, run_dir: Path, data_dir: Path) -> tuple[list[dict], list[dict], list[dict]]:
     """Return the rows of a run's data: all, those for training (before --max_train_samples), those of its held-out fold.
 

@@ -197,8 +197,10 @@ def belongs(place: str, path: str) -> bool:
     """
     outermost = path.rpartition("::")[2]
     if os.path.isdir(place):
-        return Path(outermost).resolve().is_relative_to(Path(place).resolve())
-    return outermost.startswith((f"hf://datasets/{place}@", f"hf://datasets/{place}/")) and ".." not in outermost
+        return Path(os.path.abspath(outermost)).is_relative_to(os.path.abspath(place))  # the hub's cache is of links
+    return outermost.startswith(
+        (f"hf://datasets/{place}@", f"hf://datasets/{place}/")
+    ) and ".." not in outermost.split("/")
 
 
 def films_of_split(archive: Archive, place: str, column: str | None) -> Iterator[str]:
