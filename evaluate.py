@@ -757,13 +757,10 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
                 raise Refused(
                     f"{out} and {against} differ in {name}; only runs evaluated alike, on the same films, compare"
                 )
-        unlike = unlike_figures(folds[0], other_folds[0])
+        unlike, reason = unlike_figures(folds[0], other_folds[0])
         record["against"] = compare_runs(films, [row for rows in others for row in rows], unlike, seed)
         record["against"]["alignment"] = {}
-        record["against"]["left_out"] = [
-            f"{', '.join(name for name in unlike if unlike[name] == reason)}: {reason}"
-            for reason in dict.fromkeys(unlike.values())
-        ]
+        record["against"]["left_out"] = [f"{', '.join(unlike)}: {reason}"] if unlike else []
         other_of = {row["file_name"]: row for row in read_readings(other_folders)}
         other_readings = [other_of[row["file_name"]] for row in readings]
         if same_readings(scores["real"], columns_of(other_readings, "real")):

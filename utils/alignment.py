@@ -354,9 +354,9 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     Returns:
         By label, and as `mean` over `Asked.findings` (None without one): by kind the AUROC, as `Asked.auroc` has it;
         `shuffled`, the floor of generated films; `new_captions`: generated films whose caption is new, None where too few
-        assert it, of the mean where that is so of any finding, here and in what follows; `within_view`: "generated" and "real" films compared with
-        those of the same view only, as findings go with views, None where there are not two. By label also the numbers `films`, `positive` and `new`.
-        {} without labels.
+        assert it; `within_view`: "generated" and "real" films compared with those of the same view only, as findings go with
+        views, None where there are not two. Of the mean these two are also None where too few films are left of any finding.
+        By label also the numbers `films`, `positive` and `new`. {} without labels.
     """
     labels = list(scores["generated"])
     if not labels:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from utils.alignment import Asked, is_finding
-from utils.figures import gain_of
+from utils.figures import REBUILT, gain_of
 from utils.files import read_jsonl, sha256_file
 from utils.metrics import bootstrap_interval
 from utils.refusal import Refused
@@ -99,25 +99,25 @@ def with_gains(films: Sequence[dict]) -> dict[str, list[float]]:
     return columns
 
 
-def unlike_figures(one: dict, other: dict) -> dict[str, str]:
-    """Return which figures of films mean something else in two evaluations, and why: "mse", "ssim", "psnr", "ms_ssim".
+def unlike_figures(one: dict, other: dict) -> tuple[tuple[str, ...], str]:
+    """Return which figures of films mean something else in two evaluations, such as ("mse",), and why; () and "" for none.
 
     Args:
         one, other: `metrics.json` of a fold of each.
     """
-    rescaled = [fold["settings"].get("rescale_betas_zero_snr", False) for fold in (one, other)]
-    predicted = [
+    rescaled = {fold["settings"].get("rescale_betas_zero_snr", False) for fold in (one, other)}
+    predicted = {
         (fold["base"], fold["predicts"], fold["settings"]["revision"], fold["settings"]["variant"])
         for fold in (one, other)
-    ]
-    if rescaled[0] != rescaled[1]:
-        reason = (
-            "the two have other noise schedules (rescale_betas_zero_snr), in which a timestep is another noise level"
-        )
-        return dict.fromkeys(("mse", "ssim", "psnr", "ms_ssim"), reason)
-    if predicted[0] != predicted[1]:
-        return {"mse": "the two predict something else (base, revision, variant or prediction_type)"}
-    return {}
+    }
+    if len(rescaled) > 1:
+        return (
+            "mse",
+            *REBUILT,
+        ), "their noise schedules differ (rescale_betas_zero_snr), so a timestep is another noise level"
+    if len(predicted) > 1:
+        return ("mse",), "the two predict something else (base, revision, variant or prediction_type)"
+    return (), ""
 
 
 def same_readings(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

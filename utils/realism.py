@@ -96,7 +96,7 @@ def _draw_alike(patients: Sequence[str], num_patients: int, size: int, generator
     is_first = np.zeros(len(whose), dtype=bool)
     is_first[order[np.unique(whose[order], return_index=True)[1]]] = True
     chosen = rank < num_patients
-    turn = np.where(chosen, np.where(is_first, -2, -1), rank)
+    turn = np.where(chosen, np.where(is_first, -2, -1), rank)  # before all ranks, which begin at 0
     return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
 
 
