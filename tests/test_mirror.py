@@ -141,6 +141,7 @@ def damaged(place: int, change: bytes, name: str = "a.png", compression: int = z
         (damaged(0, b"", compression=zipfile.ZIP_LZMA), "compression 14"),
         (damaged(46 + 5 + 16, b"\xff\xff"), "Invalid argument"),  # where the table of contents begins
     ],
+    ids=("encrypted", "size", "name", "compression", "contents"),
 )
 def test_whatever_is_wrong_with_a_zip_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(content)
