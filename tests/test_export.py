@@ -51,7 +51,7 @@ def test_a_kohya_file_of_the_unet_alone_leaves_the_text_encoder_bare(tiny_base: 
     add_lora(frozen := load_base(str(tiny_base)).text_encoder, 0, 0, seed=0)
     save_kohya(tmp_path / KOHYA_NAME, adapter_state(base.unet, frozen), {})
     assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / KOHYA_NAME))
-    assert verify_adapter(tmp_path / KOHYA_NAME, str(tiny_base), base.unet, frozen)[0] == 0
+    assert verify_adapter(tmp_path / KOHYA_NAME, str(tiny_base), base.unet, frozen)[0] < 1e-6
 
 
 def test_dora_is_not_exported_as_other_programs_compute_it_otherwise(tiny_base: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         moments = [
             moment.dtype
             for state in tensors["optimizer"]["state"].values()
-            for moment in state["__bnb_optimizer_quant_state__"].values()
+            for moment in state.get("__bnb_optimizer_quant_state__", state).values()  # so nested by newer versions
         ]
         assert {torch.uint8, torch.float32} == set(moments)
 
@@ -159,6 +159,10 @@ def test_the_best_adapter_goes_with_the_checkpoint_that_is_gone_on_from(
     run, more = (
         tmp_path / "run",
         ("--max_train_steps", "6", "--validation_steps", "2", "--checkpoints_total_limit", "0"),
+    )
+    update = train_lora.EarlyStopping.update  # whatever step is the best by this machine's arithmetic
+    monkeypatch.setattr(
+        train_lora.EarlyStopping, "update", lambda self, step, ssim: update(self, step, [v + step for v in ssim])
     )
     train(tiny_base, tiny_data, run, *more, "--export", "kohya")
     best = read(run / "validation.jsonl")[-1]["best_step"]

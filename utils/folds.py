@@ -41,8 +41,10 @@ def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_fol
     counts = Counter(strata)
     commonest = min(counts, key=lambda stratum: (-counts[stratum], str(stratum)))
     labels = [str(stratum if counts[stratum] >= num_folds else commonest) for stratum in strata]
-    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    order = {group: number for number, group in enumerate(sorted(set(groups), key=str))}
+    # Shuffled here: before 1.8 scikit-learn shuffled what it knows of the groups without the groups. The same draw as since
+    drawn = np.random.RandomState(seed).permutation(num_groups).argsort().tolist()
+    order = dict(zip(sorted(set(groups), key=str), drawn, strict=True))
+    splitter = StratifiedGroupKFold(num_folds)
     folds = np.full(len(groups), -1)
     for fold, (_, held_out) in enumerate(splitter.split(labels, labels, [order[group] for group in groups])):
         folds[held_out] = fold
