@@ -48,11 +48,13 @@ def test_each_space_asks_for_its_network_and_feeds_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", network)
     for name in ("xrv", "inception"):
         measured = measure_films(SPACES[name](CPU), FILMS.split(2), len(FILMS))
-        assert measured["features"].equal(measured["readable"])
+        assert measured["features"].equal(measured["readable"]), "of networks that do the same"
         assert (measured["features"].shape, measured["pixels"].shape) == ((5, 6), (5, 1024))
-    xrv, inception = made
-    assert xrv.asked == ((), {"weights": "densenet121-res224-all"})
-    assert not xrv.training
+    *xrv, inception = made
+    assert [network.asked for network in xrv] == [
+        ((), {"weights": f"densenet121-res224-{name}"}) for name in ("all", "mimic_ch")
+    ]
+    assert not any(network.training for network in xrv)
     assert inception.asked == (("inception-v3-compat", ["2048"]), {})
     assert torch.cat(inception.inputs).equal(FILMS[:, None].expand(-1, 3, -1, -1))
 
