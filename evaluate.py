@@ -8,7 +8,7 @@ Of one fold:
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
     readings.jsonl       by film what its caption asserts, and how strongly that is read in generated and real films
-    captions.txt         the captions of training that move the prediction furthest, first those to be looked at
+    captions.txt         the captions of training that move the prediction further than in the base, and by how much: to be looked at
     features.safetensors the same films as points, for pooling
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
     nearest.png          the generated films that are most like a training film. It shows patients, too
@@ -16,7 +16,8 @@ Of one fold:
     noise_levels.png     what the adapter gained over the base, by noise level
     report.html          all of it on one page, those pictures included
 
-Of all folds: summary.json, summary.csv, folds.png and report.html.
+Of all folds: summary.json, summary.csv, folds.png and report.html. What an evaluation that was cut off had drawn and scored
+waits beside these files, and the same command goes on from it.
 
 Films, captions and readings are of patients where the set is; the page of all folds shows none.
 
@@ -31,14 +32,16 @@ real ones? And for whom: the main figures by sex, age, view, and by whether trai
 
 import argparse
 import csv
-import html
+import hashlib
 import io
 import itertools
+import json
 import math
+import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +53,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -60,22 +64,25 @@ from utils.alignment import (
     Asked,
     LinearProbes,
     agreement,
+    agreement_by_group,
     agreement_gain,
     assertions,
     compare_pairs,
     counterparts,
     views_of,
 )
-from utils.audit import audit, caption_pull, compare_pulls, suspects
+from utils.audit import audit, caption_pull, compare_pulls, count_copies, suspects
 from utils.card import public_base, terms_of, write_card
 from utils.cross_validation import (
     asked_of,
     columns_of,
     compare_runs,
+    over_folds,
     read_folds,
     read_readings,
     same_readings,
-    spread_over_folds,
+    sets_over_folds,
+    tstr_over_folds,
     unlike_figures,
     with_gains,
 )
@@ -83,7 +90,6 @@ from utils.decoder import find_decoder, put_on_decoder, read_decoder, score_roun
 from utils.encoders import SPACES, FilmSpace, measure_films
 from utils.features import BUNDLED_ENCODER, extract, load_encoder
 from utils.figures import (
-    FREE_SAMPLES_NOTE,
     METRICS,
     REBUILT,
     summarise,
@@ -106,28 +112,14 @@ from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, 
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metrics import bootstrap_interval, in_batches, num_scales
-from utils.pages import ALIGNMENT_NOTE, TSTR_NOTE, report_fold, write_fold_page
+from utils.pages import report_fold, report_folds, write_fold_page, write_folds_page
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
-from utils.realism import compare_halves, compare_sets, pair_similarity
+from utils.realism import compare_halves, compare_sets, distances_by_group, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
-from utils.report import (
-    DEFINITIONS,
-    against_table,
-    alignment_table,
-    contact_sheet,
-    draw_folds,
-    draw_noise_levels,
-    halves_table,
-    html_definitions,
-    html_page,
-    html_picture,
-    html_table,
-    save_png,
-    tstr_over_folds_table,
-)
+from utils.report import contact_sheet, draw_folds, draw_noise_levels, save_png
 from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.seeding import derive_seed
-from utils.subgroups import subgroups
+from utils.subgroups import subgroups, values_of
 from utils.tokens import tokenize
 from utils.validation import (
     HEADLINE,
@@ -150,6 +142,7 @@ MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
 MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
 MOST_PAIRS = 64  # of captions with and without findings
+UNFINISHED = "unfinished-{}.safetensors"  # what was drawn or scored, until the evaluation is whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -267,22 +260,41 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     print(f"fold {config['fold']}: {len(bank)} held-out films of {len(set(bank.patients))} patients, "
           f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
 
+    # What was drawn and scored before this evaluation was cut off is not drawn and scored again
+    asked = {name: vars(args)[name] for name in ("seed", "num_inference_steps", "guidance_scale", "batch_size")}
+    files = [sha256_file(file) for file in (adapter_file, decoder_file) if file]
+    made_of = [
+        config["base"],
+        config["data_hash"],
+        settings,
+        files,
+        asked,
+        accelerator.mixed_precision,
+        package_versions(),
+    ]
+    keep = partial(kept, output_dir, made_of)
+
     # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
     scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size, metrics=REBUILT)
-    draw = partial(draw_films, args, pipeline, resolution)
+    draw = partial(draw_films, args, pipeline, resolution, keep)
+    held_out = [row["file_name"] for row in held_out_rows]
+
+    def score(name: str) -> dict[str, Tensor]:
+        return keep(name, held_out, lambda: score_model(bank, unet, text_encoder, **scored))
+
     with eval_mode(unet, text_encoder):
         pipeline.disable_lora()
-        scores = {f"base/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        scores = {f"base/{k}": v for k, v in score("base").items()}
         of_base = draw(captions, "generating, base")
         pipeline.enable_lora()
         if decoder:
-            films_before = score_model(bank, unet, text_encoder, **scored)
+            films_before = score("own decoder")
             scores |= {f"own_decoder/{k}": v for k, v in films_before.items() if not k.startswith("mse")}
             round_trip = score_round_trip(bank, vae, args.batch_size, metrics=REBUILT)
             scores |= {f"own_decoder/{k}/ceiling": v for k, v in round_trip.items()}
             put_on_decoder(vae, decoder)
             print(f"decoder {decoder_file}, fitted to radiographs; --no_vae_decoder takes the base's own")
-        scores |= {f"adapter/{k}": v for k, v in score_model(bank, unet, text_encoder, **scored).items()}
+        scores |= {f"adapter/{k}": v for k, v in score("adapter").items()}
         mean = mean_film(data_dir, training_rows, resolution, settings["seed"], interpolation)
         scores |= {f"bound/{k}": v for k, v in score_bounds(bank, mean_film=mean, **scored).items()}
         shown = [bank.patients.index(patient) for patient in dict.fromkeys(bank.patients)][:SHOWN]
@@ -323,6 +335,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             pull(input_ids=tokenize(base.tokenizer, part)) if part else torch.empty(0)
             for part in (of_training, of_others)
         ]
+        pipeline.disable_lora()
+        further = pulls[0] - pull(input_ids=tokenize(base.tokenizer, of_training))
+        pipeline.enable_lora()
 
         # Are prompts followed? Only a table that says what is where can tell
         if reads_findings:
@@ -331,7 +346,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             round_trip = torch.cat([decode(vae, mean * vae.config.scaling_factor) for mean in means])
             fitted = {row["file_name"] for row in training_rows}
             followed, findings_sheet = follow_prompts(
-                args, pipeline, rows, fitted, config["fold"], all_films, round_trip
+                args, pipeline, keep, rows, fitted, config["fold"], all_films, round_trip
             )
 
     measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
@@ -369,6 +384,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "resolution": resolution,
         "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
         "versions": package_versions(),
+        "terms": terms_of(config["base"], data_dir),
     } | summarise(scores, bank.patients, levels, args.seed)
     if decoder:
         file = {"sha256": sha256_file(decoder_file), "step": decoder_header.get("step")}
@@ -378,10 +394,13 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     of_sets, features, readings, nearest = summarise_sets(drawn, space, resolution, args.seed)
     metrics |= of_sets
     metrics["memorisation"]["captions"] = compare_pulls(pulls[0][: len(single)], pulls[1], args.seed)
-    suspected = pulls[0].argsort(descending=True, stable=True)[:SHOWN_SUSPECTS].tolist()
-    write_bytes(output_dir / "captions.txt", "".join(f"{of_training[i]}\n" for i in suspected).encode())
-    groups = subgroups(held_out_rows, drawn.training_captions)
-    metrics["by_group"] = summarise_groups(scores, groups, bank.patients, levels, args.seed)
+    metrics["memorisation"]["sampling"] = metrics["sampling"]
+    suspected = further.argsort(descending=True, stable=True)[:SHOWN_SUSPECTS].tolist()
+    lines = "".join(f"{further[i]:.3f}\t{of_training[i]}\n" for i in suspected)
+    write_bytes(output_dir / "captions.txt", lines.encode())
+    groups = subgroups([row["groups"] for row in readings])
+    of_films = summarise_groups(scores, groups, bank.patients, levels, args.seed)
+    metrics["by_group"] = join_groups(of_films, metrics["by_group"])
 
     # Files, for statistics and for people
     write_bytes(output_dir / "features.safetensors", save(features))
@@ -399,8 +418,11 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         save_png(output_dir / "findings.png", findings_sheet)
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
     tables, said = report_fold(metrics)
-    write_fold_page(output_dir, metrics, tables, said, terms_of(config["base"], data_dir))
+    write_fold_page(output_dir, metrics, tables, said, run_dir / "curves.png")
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
+    for path in output_dir.glob(UNFINISHED.format("*")):
+        path.write_bytes(b"")  # in place: what is deleted from a mounted Drive keeps its room there for weeks
+        path.unlink()
     if args.output_dir is None and (run_dir / "README.md").is_file():
         write_card(run_dir, data_dir)  # with what the audit found
     for table, _ in tables.values():
@@ -472,8 +494,8 @@ def summarise_sets(
     """Measure films as points in a feature space, and compare sets of them.
 
     Returns:
-        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual` and `tstr` of `metrics.json`; the
-        features of held-out and generated films; rows of `readings.jsonl`; and the suspects of `audit.suspects`.
+        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual`, `tstr` and the part of `by_group` that is about
+        sets, of `metrics.json`; the features of held-out films, and of those generated from their captions; rows of `readings.jsonl`; and the suspects of `audit.suspects`.
     """
     bank, measure = drawn.bank, partial(measure_films, space)
     films_of = {
@@ -488,7 +510,8 @@ def summarise_sets(
     training_patients = [patient_of(row) for row in drawn.training_rows]
     sets = {name: features[name] for name in ("generated", "base", "mean_film")}
     compared = compare_sets(features["held_out"], bank.patients, sets, features["training"], training_patients, seed)
-    metrics: dict = {"distribution": {"encoder": space.name} | (compared or {})}
+    copies = count_copies(*(spaces[name]["pixels"] for name in ("generated", "held_out", "training")))
+    metrics: dict = {"distribution": {"encoder": space.name, "copies": copies} | (compared or {})}
 
     captions, others = [row["text"] for row in drawn.held_out_rows], drawn.random_pairs(seed)
     alike = pairs_of(bank.films, drawn.alike) if drawn.alike else None
@@ -541,14 +564,32 @@ def summarise_sets(
         ) if drawn.pairs else {}
     )  # fmt: skip
     metrics["tstr"] = probes.tstr(drawn.known, drawn.held_out_rows)
+    values = values_of(drawn.held_out_rows, views, drawn.training_captions)
+    training_views = views_of(drawn.training_rows, assertions(drawn.training_rows))
+    of_training = subgroups(values_of(drawn.training_rows, training_views, drawn.training_captions))
+    groups = subgroups(values)
+    asked_of_films = Asked(asserted, bank.patients, views=views, seed=seed)
+    of_reading = agreement_by_group(asked_of_films, {kind: scores[kind] for kind in ("generated", "real")}, groups)
+    near = distances_by_group(features, groups, bank.patients, features["training"], of_training)
+    metrics["by_group"] = {
+        name: {value: {"auroc": of_reading[name][value], "kernel": near[name][value]} for value in of}
+        for name, of in groups.items()
+    }
     readings = [
-        {"file_name": row["file_name"], "patient_id": patient, "view": view, "new_caption": new, "asserted": told}
+        {
+            "file_name": row["file_name"],
+            "patient_id": patient,
+            "view": view,
+            "new_caption": new,
+            "groups": of_film,
+            "asserted": told,
+        }
         | {kind: {label: float(of[i]) for label, of in by_label.items()} for kind, by_label in scores.items()}
-        for i, (row, patient, view, new, told) in enumerate(
-            zip(drawn.held_out_rows, bank.patients, views, is_new, asserted, strict=True)
+        for i, (row, patient, view, new, of_film, told) in enumerate(
+            zip(drawn.held_out_rows, bank.patients, views, is_new, values, asserted, strict=True)
         )
     ]
-    return metrics, {name: features[name] for name in ("held_out", "generated")}, readings, nearest
+    return metrics, {name: features[name] for name in ("held_out", "generated", "base")}, readings, nearest
 
 
 def draw_pictures(
@@ -575,9 +616,10 @@ def draw_pictures(
     save_png(output_dir / "films.png", contact_sheet(rows, captions, heads, note))
     place_of = {row["file_name"]: i for i, row in enumerate(drawn.held_out_rows)}
     asked = torch.cat([drawn.generated[[place_of[row["file_name"]] for row in drawn.unknown]], drawn.of_known])
+    captions = [row["text"] for row in (*drawn.unknown, *drawn.known)]
     sheet = contact_sheet(
         [[asked[i].numpy(), drawn.training_films[j].numpy()] for i, j, _ in nearest],
-        [f"{ratio:.2f} of the distance to the nearest held-out film" for *_, ratio in nearest],
+        [f"{ratio:.2f} of the distance to the nearest held-out film: {captions[i]}" for i, _, ratio in nearest],
         ["generated", "of training"],
         f"The generated films that are nearest to one of {len(drawn.training_films)} training films for how far they are from "
         f"{len(bank)} held-out ones, in pixels. Not to be shared: the second column shows films of the set.",
@@ -588,6 +630,7 @@ def draw_pictures(
 def follow_prompts(
     args: argparse.Namespace,
     pipeline: StableDiffusionPipeline,
+    keep: Callable,
     rows: Sequence[dict],
     fitted: set[str],
     held_out_fold: int,
@@ -599,6 +642,7 @@ def follow_prompts(
     Args:
         args: the command line.
         pipeline: with the adapter on.
+        keep: `kept`, of this evaluation.
         rows: the whole table, with boxes.
         fitted: file names of the training films, on which the reader is calibrated.
         held_out_fold: whose captions are prompts.
@@ -622,11 +666,9 @@ def follow_prompts(
     generated = {}
     for model in ("base", "adapter"):
         pipeline.disable_lora() if model == "base" else pipeline.enable_lora()
-        drawn = sample(
-            pipeline, [prompt.caption for prompt in prompts], seeds, films.shape[1], args.num_inference_steps,
-            args.guidance_scale, args.batch_size,
+        generated[model] = draw_films(
+            args, pipeline, films.shape[1], keep, [prompt.caption for prompt in prompts], f"prompted, {model}", seeds
         )  # fmt: skip
-        generated[model] = torch.stack(list(tqdm(drawn, f"prompted, {model}", len(prompts), unit="film")))
         rates[model] = follow_rates(extract(encoder, generated[model]), prompts, thresholds)
 
     labels = [prompt.label for prompt in prompts]
@@ -645,17 +687,61 @@ def draw_films(
     args: argparse.Namespace,
     pipeline: StableDiffusionPipeline,
     resolution: int,
+    keep: Callable,
     captions: Sequence[str],
     doing: str,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Generate a film a caption, of seeds from --seed on where none are given, uint8 [len(captions), H, W]."""
     seeds = seeds or [args.seed + i for i in range(len(captions))]
-    films = sample(
-        pipeline, captions, seeds, resolution, args.num_inference_steps, args.guidance_scale, args.batch_size
-    )
-    drawn = list(tqdm(films, doing, len(captions), unit="film"))
-    return torch.stack(drawn) if drawn else torch.empty(0, resolution, resolution, dtype=torch.uint8)
+    if not captions:
+        return torch.empty(0, resolution, resolution, dtype=torch.uint8)
+
+    def make() -> dict[str, Tensor]:
+        films = sample(
+            pipeline, captions, seeds, resolution, args.num_inference_steps, args.guidance_scale, args.batch_size
+        )
+        return {"films": torch.stack(list(tqdm(films, doing, len(captions), unit="film")))}
+
+    return keep(doing, [list(captions), list(seeds)], make)["films"]
+
+
+def kept(
+    output_dir: Path, made_of: list, name: str, what: list, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return what `make` returns, from a file where an evaluation that was cut off has left it, else into one.
+
+    Args:
+        output_dir: the evaluation's.
+        made_of: whatever decides what comes out: models, settings, versions.
+        name: of what is made, unlike that of all else.
+        what: films or captions and seeds that it is made of.
+        make: draws or scores.
+    """
+    key = hashlib.sha256(json.dumps([made_of, what], sort_keys=True, default=str).encode()).hexdigest()
+    path = output_dir / UNFINISHED.format(re.sub(r"[^a-z]+", "-", name))
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() == {"key": key}:
+                print(f"{name}: from {path}, which an unfinished evaluation left")
+                return {tensor: file.get_tensor(tensor) for tensor in sorted(file.keys())}
+    except (FileNotFoundError, SafetensorError):  # none, or half of one
+        pass
+    made = dict(sorted(make().items()))
+    write_bytes(path, save({tensor: values.contiguous() for tensor, values in made.items()}, {"key": key}))
+    return made
+
+
+def join_groups(*parts: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    """Return figures by attribute and value, of several parts that hold the same groups, in one."""
+    first, *others = parts
+    return {
+        name: {
+            value: figures | {k: v for part in others for k, v in part[name][value].items()}
+            for value, figures in of.items()
+        }
+        for name, of in first.items()
+    }
 
 
 def pairs_of(films: Tensor, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -727,29 +813,45 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
 
     # Every figure by film, averaged within folds, then over folds; and over all films at once
     sizes, summary = [len(rows) for rows in films_by_fold], {}
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for name, values in sorted(with_gains(films).items()):
+    starts, num_folds = [sum(sizes[:i]) for i in range(len(sizes))], folds[0]["num_folds"]
+    columns = with_gains(films)
+    for name, values in sorted(columns.items()):
         means = [statistics.fmean(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
         low, high = bootstrap_interval(values, patients, seed)
-        summary[name] = {
-            "mean": statistics.fmean(means), "sd": statistics.stdev(means), "by_fold": means,
-            "pooled": statistics.fmean(values), "pooled_interval": [low, high],
-        }  # fmt: skip
+        pooled = {"pooled": statistics.fmean(values), "pooled_interval": [low, high]}
+        summary[name] = over_folds(means, num_folds) | pooled
     record = {
-        "folds": numbers, "num_folds": folds[0]["num_folds"], "films": len(films), "patients": len(set(patients)),
+        "folds": numbers, "num_folds": num_folds, "films": len(films), "patients": len(set(patients)),
         "films_by_fold": sizes, "seed": seed, "base": folds[0]["base"], "data_hash": folds[0]["data_hash"],
         "figures": summary,
     }  # fmt: skip
+
+    # What films show, and for whom, over all films at once; what they are as sets, of all folds and by fold
     readings = read_readings(folders)
     scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}
-    record["alignment"] = agreement(asked_of(readings, seed), scores, [row["new_caption"] for row in readings])
-    record["tstr"] = spread_over_folds([fold["tstr"] for fold in folds])
+    asked = asked_of(readings, seed)
+    record["alignment"] = agreement(asked, scores, [row["new_caption"] for row in readings])
+    record["tstr"] = tstr_over_folds([fold["tstr"] for fold in folds], num_folds)
+    read_of = {kind: scores[kind] for kind in ("generated", "real")}
+    by_reading = agreement_by_group(asked, read_of, subgroups([row["groups"] for row in readings]))
+    groups_of = {row["file_name"]: row["groups"] for row in readings}
+    groups = subgroups([groups_of[row["file_name"]] for row in films])
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+    levels = [int(level) for level in folds[0]["noise_prediction_mse"]]
+    by_film = summarise_groups(tensors, groups, patients, levels, seed)
+    auroc = {name: {value: {"auroc": area} for value, area in of.items()} for name, of in by_reading.items()}
+    record["by_group"] = join_groups(by_film, auroc)
     features = [load_file(folder / "features.safetensors") for folder in folders]
-    real, generated = (torch.cat([fold[name] for fold in features]) for name in ("held_out", "generated"))
-    record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
-        compare_halves(real, generated, patients, seed) or {}
+    real, generated, base = (
+        torch.cat([fold[name] for fold in features]) for name in ("held_out", "generated", "base")
     )
-    left_out = []
+    record["distribution"] = {"encoder": folds[0]["distribution"]["encoder"]} | (
+        compare_halves(real, {"generated": generated, "base": base}, patients, seed) or {}
+    )
+    record["sets"] = sets_over_folds(folds)
+    record["verdicts"] = [fold["memorisation"]["verdict"] for fold in folds]
+
+    # Another cross-validation, film by film
     if against is not None:
         other_folds, others, other_folders = read_folds(against)
         for name in ("data_hash", "resolution", "num_folds", "features", "sampling", "seed", "mixed_precision"):
@@ -765,60 +867,44 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         other_readings = [other_of[row["file_name"]] for row in readings]
         if same_readings(scores["real"], columns_of(other_readings, "real")):
             others = columns_of(other_readings, "generated")
-            record["against"]["alignment"] = agreement_gain(asked_of(readings, seed), scores["generated"], others)
+            record["against"]["alignment"] = agreement_gain(asked, scores["generated"], others)
         else:
             record["against"]["left_out"].append("AUROC of captions: the probes differ, by training films or seed")
-        left_out = [f"not compared: {reason}" for reason in record["against"]["left_out"]]
         record["against"]["folder"] = str(against)
+
+    # Files, for statistics and for people
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["figure", "mean", "sd", *(f"fold{number}" for number in numbers), "pooled", "low", "high"])
-    for name, row in summary.items():
-        writer.writerow([name, row["mean"], row["sd"], *row["by_fold"], row["pooled"], *row["pooled_interval"]])
+    ends = ["low", "high"]
+    heads = [
+        "figure",
+        "mean",
+        "sd",
+        *ends,
+        *(f"fold{number}" for number in numbers),
+        "pooled",
+        *(f"pooled_{end}" for end in ends),
+    ]
+    writer.writerow(heads)
+    for name, row in (summary | record["sets"]).items():
+        pooled = [row["pooled"], *row["pooled_interval"]] if "pooled" in row else [""] * 3
+        writer.writerow([name, row["mean"], row["sd"], *row["interval"], *row["by_fold"], *pooled])
     write_bytes(output_dir / "summary.csv", table.getvalue().encode())
-
-    # What a person looks at
-    first = [f"{kind}/{metric}/{HEADLINE}" for metric in REBUILT for kind in ("adapter", "base", "gain")]
-    first += [f"bound/{metric}/{bound}" for metric in REBUILT for bound in ("mean_film", "ceiling")]
-    heads = ["figure", "mean of folds", "sd", *(f"fold {number}" for number in numbers), "pooled [95 % by patient]"]
-
-    def line(name: str) -> list[str]:
-        row = summary[name]
-        low, high = row["pooled_interval"]
-        return [name, f"{row['mean']:.4f}", f"{row['sd']:.4f}", *(f"{value:.4f}" for value in row["by_fold"]),
-                f"{row['pooled']:.4f} [{low:.4f}, {high:.4f}]"]  # fmt: skip
-
+    draw_folds(output_dir / "folds.png", record, HEADLINE)
     title = (
-        f"Cross-validation, {len(folds)} of {folds[0]['num_folds']} folds: {len(films)} films of {len(set(patients))} "
+        f"Cross-validation, {len(folds)} of {num_folds} folds: {len(films)} films of {len(set(patients))} "
         "patients, each scored by a model that never saw the patient"
     )
-    tables = [(heads, [line(name) for name in first])]
-    if "films" in record["distribution"]:
-        tables.append(halves_table(record["distribution"]))
-    if "labels" in record["alignment"]:
-        tables.append(alignment_table(record["alignment"]))
-    if record["tstr"]:
-        tables.append(tstr_over_folds_table(record["tstr"], numbers))
-    if against is not None:
-        tables.append(against_table(record["against"]))
-    rest = [name for name in summary if name not in first]
-    draw_folds(output_dir / "folds.png", record, HEADLINE)
-    page = [html_picture(output_dir / "folds.png"), *(html_table(*table, DEFINITIONS) for table in tables)]
-    notes = [*left_out, ALIGNMENT_NOTE, TSTR_NOTE, f"Features: {folds[0]['features_note']}."]
-    page += [f"<p>{html.escape(note)}</p>" for note in notes]
-    page += [
-        "<h2>All figures</h2>",
-        html_table(heads, [line(name) for name in rest]),
-        f"<p>free/...: {html.escape(FREE_SAMPLES_NOTE)}</p>",
-    ]
-    page += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
-    write_bytes(output_dir / "report.html", html_page(title, page).encode())
+    tables = report_folds(record, folds[0]["features_note"], HEADLINE)
+    write_folds_page(output_dir, title, record, tables, folds)
     print(title)
-    for table in tables:
+    for table, _ in tables.values():
         print_table(*table)
         print()
-    print("\n".join([*left_out, f"look at {output_dir / 'report.html'}"]))
+    for reason in record["against"]["left_out"] if against is not None else ():
+        print(f"not compared: {reason}")
+    print(f"look at {output_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from utils import validation
 from utils.decoder import decoder_state
 from utils.encoders import FilmSpace
 from utils.files import sha256_file
+from utils.images import load_film
 from utils.latents import cache_posteriors
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
-from utils.release import DECODER_NAME, WEIGHTS_NAME
+from utils.release import DECODER_NAME, FAILED, WEIGHTS_NAME
 from utils.validation import eval_mode, film_bank, score_model
 
 
@@ -109,7 +110,9 @@ def test_sets_of_films_stand_beside_real_ones_in_their_place(runs: Path) -> None
     assert {name: tuple(tensor.shape) for name, tensor in features.items()} == {
         "held_out": (8, 64),
         "generated": (8, 64),
+        "base": (8, 64),
     }
+    assert distribution["copies"] == 0
 
 
 def test_groups_have_their_own_figures_and_counts() -> None:
@@ -131,6 +134,77 @@ def test_pictures_and_report_are_there(runs: Path) -> None:
     for name in ("films", "noise_levels", "nearest"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f'<img alt="{name}" src="data:image/png;base64,' in report
+    assert '<img alt="curves"' in report, "of training"
+    for text in ("floor: the noisy film itself", "normalised: adapter", "another patient&#x27;s real film", "fp32"):
+        assert text in report, text
+
+
+def test_films_too_good_to_be_true_are_said_to_be(
+    runs: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The held-out films themselves for generated ones: too few for a distance to show it, but they are copies."""
+    film_of = {row["text"]: tiny_data / row["file_name"] for row in read_metadata(tiny_data)}
+
+    def copies(args, pipeline, resolution, keep, captions, doing, seeds=None) -> torch.Tensor:
+        return torch.stack([load_film(film_of[caption], resolution) for caption in captions])
+
+    monkeypatch.setattr(evaluate, "draw_films", copies)
+    measure("--lora", runs / "fold0", "--mixed_precision", "no", "--output_dir", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["distribution"]["copies"] > 0
+    assert metrics["memorisation"]["verdict"] == FAILED
+    assert "too good to be true" in capsys.readouterr().out
+    assert "too good to be true" in (tmp_path / "report.html").read_text()
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = (
+        "--lora",
+        runs / "fold0",
+        "--num_inference_steps",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--output_dir",
+        tmp_path,
+    )
+
+    class CutOff(Exception):
+        pass
+
+    def cut_off(*args, **kwargs):
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "summarise_sets", cut_off)
+        with pytest.raises(CutOff):
+            measure(*quick)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert "unfinished-generating.safetensors" in left and "unfinished-adapter.safetensors" in left
+    monkeypatch.setattr(evaluate, "sample", cut_off)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_model", cut_off)
+        measure(*quick)
+    for path in (runs / "fold0" / "evaluation").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+    assert not list(tmp_path.glob("unfinished-*"))
+    with pytest.raises(CutOff):
+        measure(*quick)  # nothing is left to go on from
+
+
+def test_what_was_left_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    def ones() -> dict[str, torch.Tensor]:
+        return {"b": torch.ones(2), "a": torch.ones(1)}
+
+    def twos() -> dict[str, torch.Tensor]:
+        return {"a": torch.full((1,), 2.0)}
+
+    made = evaluate.kept(tmp_path, ["adapter 1"], "films, base", ["caption"], ones)
+    assert list(made) == ["a", "b"] == list(evaluate.kept(tmp_path, ["adapter 1"], "films, base", ["caption"], twos))
+    assert evaluate.kept(tmp_path, ["adapter 1"], "films, base", ["another"], twos)["a"] == 2
+    assert evaluate.kept(tmp_path, ["adapter 2"], "films, base", ["another"], ones)["a"] == 1
+    (tmp_path / "unfinished-films-base.safetensors").write_bytes(b"half of it")
+    assert evaluate.kept(tmp_path, ["adapter 2"], "films, base", ["another"], twos)["a"] == 2
 
 
 def test_evaluation_repeats_to_the_byte(runs: Path, tmp_path: Path) -> None:
@@ -240,8 +314,21 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     assert summary["patients"] == 8
     gain = summary["figures"]["gain/ssim/0.5"]
     assert gain["pooled"] == pytest.approx(figure["pooled"] - summary["figures"]["base/ssim/0.5"]["pooled"])
-    assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + 1
-    assert "Cross-validation, 2 of 5 folds" in (tmp_path / "report.html").read_text()
+    reach = (
+        12.706 * figure["sd"] * (1 / 2 + 1 / 4) ** 0.5
+    )  # t of one degree of freedom; each of five folds is a quarter of the rest
+    assert figure["interval"] == pytest.approx([figure["mean"] - reach, figure["mean"] + reach], rel=1e-4)
+    assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + len(summary["sets"]) + 1
+    report = (tmp_path / "report.html").read_text()
+    for text in ("Cross-validation, 2 of 5 folds", "SSIM, rebuilt from 0.5: gain over the base (positive is better)",
+                 "too few films to say", "these distances flatter a run that memorises", "guidance_scale 4.0", "base model: ",
+                 "MSE of the prediction at t = 50: adapter", "MS-SSIM, noisy film of strength 0.3 itself (floor)",
+                 "PSNR, dB, with the real film of its caption: two unrelated real films"):  # fmt: skip
+        assert text in report, text
+    for fold in (0, 1):
+        assert sha256_file(runs / f"fold{fold}" / WEIGHTS_NAME) in report
+    share = summary["sets"]["memorisation/pixels/probability"]
+    assert len(share["by_fold"]) == 2 and share["mean"] == pytest.approx(statistics.fmean(share["by_fold"]))
     pooled = summary["distribution"]
     assert (pooled["films"], pooled["generated"]["frechet"]) == (8, None)
     assert pooled["generated"]["kernel"] > pooled["real"]["kernel"]
@@ -317,7 +404,7 @@ def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys
     assert set(figures) == {
         f"{name}/{strength}" for name in ("ssim", "psnr", "ms_ssim") for strength in (0.3, 0.5, 0.7)
     }
-    said = "not compared: mse: the two predict something else"
+    said = "ot compared: mse: the two predict something else"
     assert said in capsys.readouterr().out and said in (tmp_path / "report.html").read_text()
     change("rescale_betas_zero_snr", True)
     measure("--cross_validation", runs, "--against", other, "--output_dir", tmp_path)
@@ -350,6 +437,10 @@ def read_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Two evaluated folds of enough patients for findings to be read."""
     folder = tmp_path_factory.mktemp("read")
     data = build_data(folder / "data", num_patients=120, films_each=1)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").open()]
+    for i, row in enumerate(rows[:-2]):
+        row["sex"] = "MMFF"[i % 4]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for fold in ("0", "1"):
         run = folder / "out" / f"fold{fold}"
         train(tiny_base, data, run, "--fold", fold, "--max_train_steps", "2")
@@ -385,8 +476,17 @@ def test_what_captions_say_is_read_in_films(read_runs: Path) -> None:
     captions = metrics["memorisation"]["captions"]
     assert captions["held_out"] == 24, "every patient is of another age, so every caption is of one film"
     assert captions["training"] == 86, "of 96 patients ten validate"
-    assert len((folder / "captions.txt").read_text().splitlines()) == 8
+    lines = [line.split("\t") for line in (folder / "captions.txt").read_text().splitlines()]
+    assert len(lines) == 8 and all("chest radiograph" in caption for _, caption in lines)
+    further = [float(value) for value, _ in lines]
+    assert further == sorted(further, reverse=True)
     assert "move the prediction from pure noise" in page
+    groups = metrics["by_group"]["sex"]
+    assert {sex: of["films"] for sex, of in groups.items()} == {"F": 12, "M": 12}
+    for sex, of in groups.items():
+        assert of["kernel"]["generated"]["mean"] > of["kernel"]["real"]["mean"], sex
+        assert of["auroc"]["generated"] is None, "of six patients with and six without"
+    assert "other real films of the group" in page and "sex: F" in page
 
 
 def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
@@ -397,6 +497,10 @@ def test_folds_are_read_together(read_runs: Path, tmp_path: Path) -> None:
     assert len(summary["tstr"]["real"]["by_fold"]) == 2
     assert summary["against"]["alignment"]["pneumonia"] == {"gain": 0.0, "interval": [0.0, 0.0]}
     page = (tmp_path / "report.html").read_text()
+    of_sex = summary["by_group"]["sex"]
+    assert {sex: of["films"] for sex, of in of_sex.items()} == {"F": 24, "M": 24}
+    assert of_sex["F"]["auroc"]["generated"]["findings"] == 1, "of twelve patients with and twelve without"
+    assert summary["distribution"]["base"]["kernel"] is not None
     assert "AUROC of captions: pneumonia" in page
     assert page.count("data:image/png;base64,") == 1, "films of patients are not on it"
     assert base64.b64encode((tmp_path / "folds.png").read_bytes()).decode() in page

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import ROOT
-from utils.audit import audit, caption_pull, compare_pulls, is_near_copy, suspects
+from utils.audit import audit, caption_pull, compare_pulls, count_copies, is_near_copy, suspects
 from utils.distances import nearest_neighbours
 from utils.encoders import bundled_space, measure_films
-from utils.images import load_film, thumbnails
+from utils.images import load_film, thumbnails, to_pixel_values
 from utils.metadata import read_metadata
+from utils.pipeline import load_base
 from utils.realism import compare_halves, compare_sets, pair_similarity, set_figures
 from utils.release import FAILED, TOO_FEW
+from utils.validation import decode
 
 DEMO = ROOT / "assets" / "demo"
 SIZE = 90  # films a set, three of each of 30 patients; the other 270 are the pool
@@ -104,6 +106,7 @@ def test_a_memorised_set_passes_for_real_and_is_caught_by_the_audit(spaces: dict
         assert record[space]["near_copies"] == 1.0
     assert (record["generated"], record["references"], record["training_films"]) == (30, 30, 270)
     assert record["verdict"] == FAILED, "so few films that nothing could pass, but enough to see that"
+    assert record["copies"] == 30
     copied, of, ratio = suspects(*(spaces[n]["pixels"] for n in ("training", "training", "held_out")), 1)[0]
     assert copied == of and ratio == 0
 
@@ -120,7 +123,31 @@ def test_films_of_new_patients_are_not_taken_for_memorised(spaces: dict) -> None
         assert low < 0.5 < high
         assert record[space]["near_copies_interval"][0] < record[space]["near_copies_expected"]
         assert record[space]["near_copies_expected"] == pytest.approx(1.89 / 91)
+    assert record["copies"] == 0
     assert record["verdict"] == TOO_FEW
+
+
+def test_one_copy_among_many_films_convicts(spaces: dict, films: torch.Tensor) -> None:
+    """Also one that has been through an autoencoder; a blurred film is none, nor is what held-out films are as like to."""
+    asked = {space: films[:SIZE].clone() for space, films in spaces["pool"].items()}
+    trained = {space: films[SIZE : 2 * SIZE : 3] for space, films in spaces["pool"].items()}
+    everything = {space: films[SIZE:] for space, films in spaces["pool"].items()}
+    unseen = {space: films[::3] for space, films in spaces["held_out"].items()}
+    asked["pixels"][7] = everything["pixels"][100]
+    record = audit(asked, trained, unseen, everything, spaces["held_out"], HELD_OUT, 30, seed=0)
+    assert (record["copies"], record["verdict"]) == (1, FAILED)
+
+    pixels = {name: space["pixels"] for name, space in spaces.items()}
+    vae = load_base(str(ROOT / "assets" / "cxr-tiny")).vae.eval()
+    with torch.no_grad():
+        latents = vae.encode(to_pixel_values(films[:4])).latent_dist.mean
+        after = thumbnails(decode(vae, latents * vae.config.scaling_factor))
+    assert count_copies(after, pixels["held_out"], pixels["pool"]) == 4
+    assert count_copies(pixels["pool"], pixels["held_out"], pixels["training"]) == 0
+    assert count_copies(pixels["blurred"], pixels["held_out"], pixels["pool"]) < SIZE
+    blank = torch.zeros(2, 1024)
+    assert count_copies(blank, torch.cat([blank, pixels["pool"]]), pixels["held_out"]) == 0
+    assert count_copies(after, pixels["held_out"], pixels["held_out"]) == 0, "the others are as like"
 
 
 def test_a_copy_of_a_film_that_was_not_asked_for_is_a_near_copy(spaces: dict) -> None:
@@ -145,11 +172,14 @@ def test_a_plain_film_is_no_near_copy(spaces: dict) -> None:
 def test_halves_of_real_films_are_as_near_to_one_another_as_generated_ones_that_are_real(spaces: dict) -> None:
     """And blurred ones are not."""
     real, blurred = spaces["held_out"]["features"], spaces["blurred"]["features"]
-    same, worse = (compare_halves(real, films, POOL[:SIZE], seed=0) for films in (real, blurred))
-    assert same["films"] == 45 and same["real"] == same["generated"]
-    assert worse["real"] == same["real"]
-    assert worse["generated"]["kernel"] > worse["real"]["kernel"] + 3 * worse["real_sd"]["kernel"]
-    assert compare_halves(real[:3], real[:3], POOL[:3], seed=0) is None, "of one patient"
+    both = compare_halves(real, {"same": real, "worse": blurred}, POOL[:SIZE], seed=0)
+    assert both["films"] == 45 and both["real"] == both["same"]
+    assert both["relative"]["same"] == {
+        "frechet": None, "kernel": 0.0, "precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0
+    }  # fmt: skip
+    beyond = (both["worse"]["kernel"] - both["real"]["kernel"]) / both["real_sd"]["kernel"]
+    assert both["relative"]["worse"]["kernel"] == pytest.approx(beyond) and beyond > 3
+    assert compare_halves(real[:3], {"same": real[:3]}, POOL[:3], seed=0) is None, "of one patient"
 
 
 def test_fewer_films_than_features_have_no_frechet_distance_but_a_kernel_distance() -> None:

@@ -24,8 +24,8 @@ from utils.release import (
 
 SPACE = {"probability": 0.512, "interval": [0.48, 0.544], "near_copies": 0.0125, "near_copies_interval": [0.007, 0.021],
          "near_copies_expected": 0.012}  # fmt: skip
-AUDIT = {"features": SPACE, "pixels": SPACE, "generated": 1000, "references": 500, "training_films": 2345,
-         "verdict": PASSED}  # fmt: skip
+AUDIT = {"features": SPACE, "pixels": SPACE, "generated": 1000, "references": 500, "training_films": 2345, "copies": 0,
+         "sampling": {"num_inference_steps": 25, "guidance_scale": 4.0}, "verdict": PASSED}  # fmt: skip
 
 
 def evaluated(run_dir: Path, audit: dict = AUDIT) -> None:
@@ -36,25 +36,26 @@ def evaluated(run_dir: Path, audit: dict = AUDIT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "patients", "intervals", "copies", "expected"),
+    ("references", "patients", "intervals", "near", "copies", "expected"),
     [
-        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.0, PASSED),
-        (500, 500, [(0.4, 0.55), (0.5, 0.601)], 0.0, UNDECIDED),
-        (499, 499, [(0.4, 0.55), (0.4, 0.7)], 0.0, TOO_FEW),
-        (499, 500, [(0.4, 0.55), (0.4, 0.55)], 0.0, UNDECIDED),  # --max_films 499 opens no gate
-        (500, 900, [(0.4, 0.55), (0.551, 0.7)], 0.0, FAILED),
-        (20, 20, [(0.4, 0.9), (0.7, 1.0)], 0.0, FAILED),  # it takes few films to see that
-        (19, 19, [(0.4, 0.9), (0.7, 1.0)], 0.0, TOO_FEW),
-        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.036, PASSED),
-        (500, 500, [(0.4, 0.55), (0.5, 0.6)], 0.037, FAILED),  # copies of films that were not asked for
-        (20, 20, [(0.4, 0.55), (0.5, 0.6)], 0.037, FAILED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], (0.0, 0.03), 0, PASSED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], (0.0, 0.03), 1, FAILED),  # a training film, as it is
+        (19, 19, [(0.4, 0.55), (0.4, 0.7)], (0.0, 0.03), 1, FAILED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.601)], (0.0, 0.03), 0, UNDECIDED),
+        (499, 499, [(0.4, 0.55), (0.4, 0.7)], (0.0, 0.03), 0, TOO_FEW),
+        (499, 500, [(0.4, 0.55), (0.4, 0.55)], (0.0, 0.03), 0, UNDECIDED),  # --max_films 499 opens no gate
+        (500, 900, [(0.4, 0.55), (0.551, 0.7)], (0.0, 0.03), 0, FAILED),
+        (20, 20, [(0.4, 0.9), (0.7, 1.0)], (0.0, 0.03), 0, FAILED),  # it takes few films to see that
+        (19, 19, [(0.4, 0.9), (0.7, 1.0)], (0.0, 0.03), 0, TOO_FEW),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], (0.01, 0.036), 0, PASSED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], (0.01, 0.037), 0, UNDECIDED),
+        (500, 500, [(0.4, 0.55), (0.5, 0.6)], (0.037, 0.06), 0, FAILED),  # near films that were not asked for
+        (20, 20, [(0.4, 0.55), (0.5, 0.6)], (0.037, 0.4), 0, FAILED),
     ],
 )
-def test_upper_ends_let_pass_and_lower_ends_convict(references, patients, intervals, copies, expected) -> None:
-    spaces = [
-        {"interval": ends, "near_copies_interval": (copies, 1.0), "near_copies_expected": 0.012} for ends in intervals
-    ]
-    assert verdict(references, patients, spaces) == expected
+def test_upper_ends_let_pass_and_lower_ends_convict(references, patients, intervals, near, copies, expected) -> None:
+    spaces = [{"interval": ends, "near_copies_interval": near, "near_copies_expected": 0.012} for ends in intervals]
+    assert verdict(references, patients, spaces, copies) == expected
 
 
 def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
@@ -69,8 +70,11 @@ def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_NAME).write_bytes(b"another, trained since")
     assert f"evaluate.py --lora {tmp_path}, then the same command again" in why_not_upload(tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"one")
-    evaluated(tmp_path, AUDIT | {"pixels": {"probability": 0.512, "interval": [0.48, 0.544], "near_copies": 0.0125}})
+    evaluated(tmp_path, {name: part for name, part in AUDIT.items() if name != "copies"})
     assert read_audit(tmp_path) is None, "an earlier version's"
+    evaluated(tmp_path, AUDIT | {"sampling": {"num_inference_steps": 9, "guidance_scale": 4.0}})
+    assert read_audit(tmp_path) is None, "films of so few steps are like none"
+    assert "of films of 10 steps or more" in why_not_upload(tmp_path)
     for damage in ("{", "[]", "{}", '{"adapter": 3}'):
         (tmp_path / EVALUATION).write_text(damage)
         assert read_audit(tmp_path) is None
@@ -78,7 +82,7 @@ def test_an_audit_is_that_of_what_lies_there(tmp_path: Path) -> None:
 
 def test_the_words_hold_every_number() -> None:
     words = in_words(AUDIT)
-    for text in ("passed", "1000 generated", "500 training patients", "0.512 [0.480, 0.544] in features", "in pixels",
+    for text in ("passed", "1000 films, generated in 25 steps at guidance 4", "500 training patients", "0 are a training film", "0.512 [0.480, 0.544] in features", "in pixels",
                  "2345 training films", "1.2% [0.7%, 2.1%] in features", "up to 1.2% is expected"):  # fmt: skip
         assert text in words, text
     assert "has not been asked" in in_words(None)
@@ -101,7 +105,7 @@ def test_only_what_was_audited_is_uploaded_and_nothing_that_repeats_films(
         "--push_to_hub",
     )
     assert train(*command) == 1
-    assert "trained, but not uploaded: nobody has asked yet whether it repeats" in capsys.readouterr().err
+    assert "trained, but not uploaded: nobody has asked yet, of films of" in capsys.readouterr().err
     assert "has not been asked" in (run_dir / "README.md").read_text()
     for said in (FAILED, UNDECIDED):
         evaluated(run_dir, AUDIT | {"verdict": said})

@@ -284,6 +284,11 @@ class Asked:
         asserted = [of if view else {} for of, view in zip(self.asserted, views, strict=True)]
         return replace(self, asserted=asserted, folds=[places[stratum] for stratum in strata])
 
+    def of(self, places: Sequence[int]) -> "Asked":
+        """Return some of the films."""
+        columns = (self.asserted, self.patients, self.folds, self.views)
+        return Asked(*(None if of is None else [of[i] for i in places] for of in columns), self.seed)
+
     def told(self, label: str, scores: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the films that are asked about a label and scored, and the answers."""
         asked = [i for i, of in enumerate(self.asserted) if label in of and not np.isnan(scores[label][i])]
@@ -362,10 +367,7 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
     if not labels:
         return {}
     new = [i for i, flag in enumerate(is_new) if flag]
-    asked_new = Asked(
-        [asked.asserted[i] for i in new], [asked.patients[i] for i in new],
-        None if asked.folds is None else [asked.folds[i] for i in new], seed=asked.seed,
-    )  # fmt: skip
+    asked_new = asked.of(new)
     readable = set(labels_in_all((asked_new.asserted, asked_new.patients)))
     of_new = {label: of[new] for label, of in scores["generated"].items() if label in readable}
     floors, floor = asked.shuffled(scores["generated"])
@@ -389,6 +391,26 @@ def agreement(asked: Asked, scores: dict[str, dict[str, np.ndarray]], is_new: Se
             {kind: of_view.mean_auroc(scores[kind]) for kind in ("generated", "real")} if complete else None
         )
     return {"labels": by_label, "mean": mean}
+
+
+def agreement_by_group(
+    asked: Asked, scores: dict[str, dict[str, np.ndarray]], groups: dict[str, dict[str, list[int]]]
+) -> dict[str, dict[str, dict]]:
+    """Return for whom films show what their captions assert: by attribute, value and kind of film `Asked.mean_auroc`.
+
+    Args:
+        asked, scores: as `agreement` takes them.
+        groups: places of films by attribute and value.
+    """
+
+    def of_group(places: list[int]) -> dict:
+        part = asked.of(places)
+        return {
+            kind: part.mean_auroc({label: of[places] for label, of in by_label.items()})
+            for kind, by_label in scores.items()
+        }
+
+    return {name: {value: of_group(places) for value, places in of.items()} for name, of in groups.items()}
 
 
 def agreement_gain(asked: Asked, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict:

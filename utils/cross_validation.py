@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.stats import t, wilcoxon
 
 from utils.alignment import Asked, is_finding
 from utils.figures import REBUILT, gain_of
@@ -15,6 +15,7 @@ from utils.files import read_jsonl, sha256_file
 from utils.metrics import bootstrap_interval
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, WEIGHTS_NAME
+from utils.report import SETS_OF_FOLDS
 from utils.validation import HEADLINE
 
 
@@ -40,7 +41,7 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
             if part in fold and file.is_file() and sha256_file(file) != fold[part]["sha256"]:
                 raise Refused(f"{path.parent} is of another {part} than the one beside it; evaluate that fold again")
         whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "predicts" not in fold or not whole:
+        if "terms" not in fold or not whole:
             raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
@@ -73,11 +74,45 @@ def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
     return {label: np.array([row[kind].get(label, math.nan) for row in readings]) for label in labels}
 
 
-def spread_over_folds(parts: Sequence[dict]) -> dict | None:
-    """Return mean, standard deviation and values by fold of what `LinearProbes.tstr` found, over the findings of all folds.
+def over_folds(values: Sequence[float], num_folds: int) -> dict:
+    """Return `mean`, `sd`, 95 % `interval` and the values themselves as `by_fold` of a figure of each fold.
+
+    Folds share most of their training films, so that their figures are more alike than those of other data would be: the
+    interval is Student's t with the variance of Nadeau and Bengio (2003, Machine Learning 52, eq. 8),
+    s^2 (1 / K + n_held_out / n_training).
+
+    Args:
+        values: of K folds, two or more.
+        num_folds: that the set was split into, K or more.
+    """
+    mean, sd, count = statistics.fmean(values), statistics.stdev(values), len(values)
+    reach = float(t.ppf(0.975, count - 1)) * sd * (1 / count + 1 / (num_folds - 1)) ** 0.5
+    return {"mean": mean, "sd": sd, "interval": [mean - reach, mean + reach], "by_fold": list(values)}
+
+
+def sets_over_folds(folds: Sequence[dict]) -> dict[str, dict]:
+    """Return what was measured of each fold's films as a set, over folds, by its place in `metrics.json` (SETS_OF_FOLDS).
+
+    Args:
+        folds: their `metrics.json`. A figure that one of them lacks is left out.
+    """
+
+    def of_fold(metrics: dict | None, place: str) -> float | None:
+        for key in place.split("/"):
+            metrics = (metrics or {}).get(key)
+        return metrics
+
+    by_place = {place: [of_fold(fold, place) for fold in folds] for place in SETS_OF_FOLDS}
+    return {
+        place: over_folds(values, folds[0]["num_folds"]) for place, values in by_place.items() if None not in values
+    }
+
+
+def tstr_over_folds(parts: Sequence[dict], num_folds: int) -> dict | None:
+    """Return what `LinearProbes.tstr` found, over folds, as the mean over the findings of all of them.
 
     Returns:
-        `findings`, their names, and by kind of film `mean`, `sd` and `by_fold`. None where folds share no finding.
+        `findings`, their names, and by kind of film what `over_folds` returns. None where folds share no finding.
     """
     findings = [label for label in parts[0].get("labels", {}) if is_finding(label)]
     findings = [label for label in findings if all(label in part.get("labels", {}) for part in parts)]
@@ -86,7 +121,7 @@ def spread_over_folds(parts: Sequence[dict]) -> dict | None:
     spread: dict = {"findings": findings}
     for kind in parts[0]["labels"][findings[0]]:
         values = [statistics.fmean(part["labels"][label][kind]["mean"] for label in findings) for part in parts]
-        spread[kind] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "by_fold": values}
+        spread[kind] = over_folds(values, num_folds)
     return spread
 
 

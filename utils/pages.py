@@ -1,4 +1,4 @@
-"""The page of an evaluated fold: what is on it, in which order, and what each table means. No torch."""
+"""The pages of an evaluated fold and of all folds: what is on them, in which order, and what each table means. No torch."""
 
 import html
 from collections.abc import Sequence
@@ -8,22 +8,32 @@ from utils.files import write_bytes
 from utils.release import in_words
 from utils.report import (
     DEFINITIONS,
+    against_table,
     alignment_table,
     decoder_table,
     distribution_table,
+    films_over_folds_table,
     followed_table,
+    free_samples_table,
     groups_table,
+    halves_table,
     headline_table,
     html_definitions,
     html_page,
     html_picture,
     html_table,
     pairs_table,
+    sets_over_folds_table,
     settings_table,
+    tstr_over_folds_table,
     tstr_table,
     with_interval,
 )
 
+REBUILT_NOTE = (
+    "A film is noised to a share of the schedule and denoised with its caption. Floors: that noisy film decoded as it is, and the "
+    "mean training film; ceiling: the autoencoder's round trip; normalised: from the mean film (0) to the ceiling (1)."
+)
 FOLLOWED_NOTE = (
     "Followed: an encoder reads the prompted finding, on the prompted side, in a generated film. Chance: it reads the finding "
     "in films prompted with another one. Ceiling: it reads it in films of the set that show it, after the autoencoder. It "
@@ -36,11 +46,32 @@ DISTRIBUTION_NOTE = (
     "Frechet: between Gaussians fitted to both sets, biased upwards by few films, so that sets are of one size. Kernel: unbiased, "
     "0 between equal distributions of unrelated films, with its standard error by film. Precision: share of generated films within the reach of real "
     "ones; recall: the reverse; density and coverage: the same, less moved by stray films. Other real films: of "
-    "training patients, as many of each as there are held-out ones, mean and standard deviation of ten draws."
+    "training patients, as many of each as there are held-out ones, mean and standard deviation of ten draws. Beside those: "
+    "how many times that mean, of the kernel distance, which is 0 there, how many standard deviations beyond it."
 )
 TOO_GOOD_NOTE = (
-    "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations: "
-    "too good to be true. Were the held-out films, or copies of them, among those trained on?"
+    "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations, or are "
+    "copies of them: too good to be true. Were the held-out films, or copies of them, among those trained on?"
+)
+HALVES_NOTE = (
+    "All patients are split in two ten times: distances from one half's real films to films generated from the other half's captions, "
+    "and to the real films of those captions. +- is the standard deviation of these splits, which share films: no confidence "
+    "interval. No model saw the patients whose captions it was given, but each saw films of other folds, which are in the real "
+    "half: these distances flatter a run that memorises; those of single folds, further down, do not."
+)
+FOLDS_NOTE = (
+    "Means over folds with 95 % intervals of Student's t, widened for the training films that folds share (Nadeau and Bengio 2003); "
+    "over all films with 95 % intervals by patient, which hold the folds' models fixed. A gain is positive where the adapter is "
+    "better, also in MSE."
+)
+SETS_NOTE = (
+    "Each fold's films beside that fold's held-out ones, as its own page defines and bounds them; of as many films as a fold has, so that "
+    "Frechet distances compare with one another here, not with those of all folds together."
+)
+GROUPS_NOTE = (
+    "Intervals where ten patients or more are in a group. AUROC: mean over the findings that enough patients of the group have and have not, "
+    "which may be others in another group. Kernel distance: from the group's held-out films to those generated from "
+    "their captions, and to training patients' real films of the same group, with its standard error."
 )
 DECODER_NOTE = (
     "This run has a decoder fitted to radiographs. The adapter's figures and the ceiling are with it, the base's with its "
@@ -81,39 +112,109 @@ def report_fold(metrics: dict) -> tuple[dict[str, tuple[tuple[list[str], list[li
         tables["The same noise, with the finding and without"] = pairs_table(metrics["counterfactual"]), PAIRS_NOTE
     if "vae_decoder" in metrics:
         tables["The adapted decoder"] = decoder_table(metrics), DECODER_NOTE
-    tables["Films rebuilt, and noise predicted"] = headline_table(metrics), metrics["free_samples"]["note"]
+    tables["Films rebuilt, and noise predicted"] = headline_table(metrics), REBUILT_NOTE
+    too_good = [TOO_GOOD_NOTE] if is_too_good(metrics["distribution"]) else []
     if "films" in metrics["distribution"]:
-        too_good = [TOO_GOOD_NOTE] if "generated" in metrics["distribution"]["too_good"] else []
         note = " ".join([*too_good, DISTRIBUTION_NOTE, space])
         tables["Generated films as a set"] = distribution_table(metrics), note
     if metrics["tstr"]:
         tables["Trained on generated films, tested on real ones"] = tstr_table(metrics["tstr"]), f"{TSTR_NOTE} {space}"
     if metrics["by_group"]:
-        tables["For whom"] = groups_table(metrics), ""
-    said = [variety_in_words(metrics), in_words(metrics["memorisation"])]
-    if "films" in metrics["distribution"] and "generated" in metrics["distribution"]["too_good"]:
-        said.append(TOO_GOOD_NOTE)
-    return tables, said
+        tables["For whom"] = groups_table(metrics), GROUPS_NOTE
+    tables["Free samples, film by film"] = free_samples_table(metrics), metrics["free_samples"]["note"]
+    return tables, [variety_in_words(metrics), in_words(metrics["memorisation"]), *too_good]
 
 
-def write_fold_page(output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], terms: Sequence[str]) -> None:
+def is_too_good(distribution: dict) -> bool:
+    """Return whether generated films are nearer to held-out ones than real films can be; `distribution` as in `metrics.json`."""
+    return "generated" in distribution.get("too_good", ()) or distribution["copies"] > 0
+
+
+def write_fold_page(output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], curves: Path) -> None:
     """Write report.html: the pictures first, then the tables, then how it was measured.
 
     Args:
         tables, said: as `report_fold` returns them.
-        terms: licences of base and films.
+        curves: the picture that training drew, where it is there.
     """
-    pictures = ["films", *(["findings"] if "prompt_followed" in metrics else []), "noise_levels"]
+    pictures = [output_dir / f"{name}.png" for name in ("films", "findings", "noise_levels")]
+    if "prompt_followed" not in metrics:
+        pictures.remove(output_dir / "findings.png")
     parts = ["<p>Shows films and captions of the set: if they are of patients, not to be shared.</p>"]
-    parts += [html_picture(output_dir / f"{name}.png") for name in pictures]
-    for title, (table, note) in tables.items():
-        parts += [f"<h2>{title}</h2>", html_table(*table, DEFINITIONS), f"<p>{html.escape(note)}</p>"]
+    parts += [html_picture(path) for path in (*pictures, curves) if path != curves or path.is_file()]
+    parts += _html_tables(tables)
     parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
-    parts.append(html_picture(output_dir / "nearest.png"))
-    parts += ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
-    parts += ["<h2>Settings, data and terms</h2>", html_table(*settings_table(metrics, terms))]
+    parts += [
+        html_picture(output_dir / "nearest.png"),
+        "<p>captions.txt, beside this page, names captions of training that move the prediction further than in the base.</p>",
+    ]
     title = f"Fold {metrics['fold']}: {metrics['films']} held-out films of {metrics['patients']} patients"
-    write_bytes(output_dir / "report.html", html_page(title, parts).encode())
+    write_bytes(output_dir / "report.html", html_page(title, parts + _html_ends([metrics])).encode())
+
+
+def report_folds(record: dict, features_note: str, strength: float) -> dict[str, tuple[tuple, str]]:
+    """Return what is worth a table of all folds, by title: the table and what it means.
+
+    Args:
+        record: content of `summary.json`.
+        features_note: what the feature space is.
+        strength: that films were rebuilt from for the first table.
+    """
+    space = f"Features: {features_note}."
+    names = [
+        f"{kind}/{metric}/{strength}" for metric in ("ssim", "psnr", "ms_ssim") for kind in ("adapter", "base", "gain")
+    ]
+    names += [
+        f"bound/{metric}/{bound}" for metric in ("ssim", "psnr", "ms_ssim") for bound in ("mean_film", "ceiling")
+    ]
+    tables: dict = {"Films rebuilt from half the noise": (films_over_folds_table(record, names), FOLDS_NOTE)}
+    if "films" in record["distribution"]:
+        tables["Generated films of all folds as a set"] = (
+            halves_table(record["distribution"]),
+            f"{HALVES_NOTE} {space}",
+        )
+    if "labels" in record["alignment"]:
+        tables["Do films show what their captions say?"] = (
+            alignment_table(record["alignment"]),
+            f"{ALIGNMENT_NOTE} {space}",
+        )
+    if record["tstr"]:
+        table = tstr_over_folds_table(record["tstr"], record["folds"])
+        tables["Trained on generated films, tested on real ones"] = table, f"{TSTR_NOTE} {space}"
+    tables["Each fold's films as a set"] = sets_over_folds_table(record), SETS_NOTE
+    if record["by_group"]:
+        tables["For whom"] = groups_table(record), GROUPS_NOTE
+    if "against" in record:
+        left_out = [f"Not compared: {reason}." for reason in record["against"]["left_out"]]
+        tables["Against another cross-validation"] = against_table(record["against"]), " ".join(left_out)
+    return tables
+
+
+def write_folds_page(output_dir: Path, title: str, record: dict, tables: dict, folds: Sequence[dict]) -> None:
+    """Write report.html of all folds, without any film of a patient.
+
+    Args:
+        title: the page's.
+        record: content of `summary.json`.
+        tables: as `report_folds` returns them.
+        folds: content of each fold's `metrics.json`.
+    """
+    everything = films_over_folds_table(record, list(record["figures"])), folds[0]["free_samples"]["note"]
+    parts = [html_picture(output_dir / "folds.png"), *_html_tables(tables | {"All figures by film": everything})]
+    write_bytes(output_dir / "report.html", html_page(title, parts + _html_ends(folds)).encode())
+
+
+def _html_tables(tables: dict[str, tuple[tuple, str]]) -> list[str]:
+    return [
+        f"<h2>{title}</h2>{html_table(*table, DEFINITIONS)}<p>{html.escape(note)}</p>"
+        for title, (table, note) in tables.items()
+    ]
+
+
+def _html_ends(folds: Sequence[dict]) -> list[str]:
+    """Return what both pages end with."""
+    definitions = ["<h2>What the figures mean</h2>", html_definitions(DEFINITIONS)]
+    return [*definitions, "<h2>Settings, data and terms</h2>", html_table(*settings_table(folds))]
 
 
 def variety_in_words(metrics: dict) -> str:

@@ -12,6 +12,7 @@ from utils.seeding import derive_seed
 
 NEIGHBOURS = 5  # that span a ball of precision and recall
 FLOOR_DRAWS = 10  # sets of other real films
+LEAST_PATIENTS = 10  # of a group whose distance says something
 
 
 def set_figures(reference: Tensor, films: Tensor) -> dict[str, float | None]:
@@ -56,7 +57,7 @@ def compare_sets(
     Returns:
         `films` and `features`, the numbers N and D; by name what `set_figures` returns; `real`, the mean of each figure
         over the draws, and as `real_sd` the standard deviation of sets with no film in common, None from a pool of less
-        than two of them; `too_good`, the names of sets that lie nearer than real films do by more than three of those.
+        than two of them; `relative`, by name the figures beside those; `too_good`, the names of sets that lie nearer than real films do by more than three of those.
         None for fewer than three films.
     """
     size = min(map(len, (reference, pool, *sets.values())))
@@ -84,8 +85,62 @@ def compare_sets(
         real_sd = dict.fromkeys(real_sd)
     return {
         "films": size, "features": reference.shape[1], **figures, "real": real, "real_sd": real_sd,
-        "too_good": too_good,
+        "relative": {name: relative_to(of, real, real_sd) for name, of in figures.items()}, "too_good": too_good,
     }  # fmt: skip
+
+
+def relative_to(figures: dict, real: dict, real_sd: dict) -> dict[str, float | None]:
+    """Return a set's figures relative to those of real films in its place: 1 is as good.
+
+    But for the kernel distance, which is 0 between real films: how many of their standard deviations it lies beyond. None
+    where either is None, or would be divided by 0.
+    """
+
+    def relative(name: str) -> float | None:
+        value, of_real, spread = figures[name], real[name], real_sd[name]
+        if name == "kernel":
+            return (value - of_real) / spread if spread else None
+        return value / of_real if value is not None and of_real else None
+
+    return {name: relative(name) for name in real if name != "kernel_error"}
+
+
+def distances_by_group(
+    films: dict[str, Tensor],
+    groups: dict[str, dict[str, list[int]]],
+    patients: Sequence[str],
+    pool: Tensor,
+    pool_groups: dict[str, dict[str, list[int]]],
+) -> dict[str, dict[str, dict]]:
+    """Return how near films of a group are to its held-out ones, beside other real films of that group.
+
+    Args:
+        films: features of films "held_out" and "generated", [N, D], row by row of one caption.
+        groups: places of those films by attribute and value.
+        patients: of the held-out films, [N].
+        pool: features of real films of other patients, [M, D].
+        pool_groups: places of those.
+
+    Returns:
+        By attribute and value `generated` and `real`, the kernel distance as `mean` with its standard error as `error`; None for
+        groups of fewer than LEAST_PATIENTS patients or films of the pool.
+    """
+
+    def distance(one: Tensor, other: Tensor) -> dict | None:
+        if len(other) < LEAST_PATIENTS:
+            return None
+        return dict(zip(("mean", "error"), kernel_distance(one, other), strict=True))
+
+    def of_group(attribute: str, value: str, places: list[int]) -> dict:
+        if len({patients[place] for place in places}) < LEAST_PATIENTS:
+            return {"generated": None, "real": None}
+        held_out, others = films["held_out"][places], pool[pool_groups.get(attribute, {}).get(value, [])]
+        return {"generated": distance(held_out, films["generated"][places]), "real": distance(held_out, others)}
+
+    return {
+        attribute: {value: of_group(attribute, value, places) for value, places in by_value.items()}
+        for attribute, by_value in groups.items()
+    }
 
 
 def _draw_alike(patients: Sequence[str], num_patients: int, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -100,27 +155,28 @@ def _draw_alike(patients: Sequence[str], num_patients: int, size: int, generator
     return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
 
 
-def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], seed: int) -> dict | None:
+def compare_halves(real: Tensor, sets: dict[str, Tensor], patients: Sequence[str], seed: int) -> dict | None:
     """Compare out-of-fold films with the real films of all folds, of which none are left over for a floor.
 
-    Ten times the patients are split in two. One half is the reference; the other's real films are the floor, and those
+    Ten times the patients are split in two. One half is the reference; the other's real films are the floor, and films
     generated from its captions are what is asked about, all of one size. No model saw the patients whose captions it was
     given, but it saw those of other folds, who are in the reference: this figure would flatter one that memorises.
 
     Args:
-        real, generated: features, [N, D] each: row by row of one caption.
+        real: features, [N, D].
+        sets: of films generated from the captions of those, row by row, by name, [N, D] each.
         patients: of the real films, [N].
         seed: of the splits.
 
     Returns:
-        `films` and `features`, the size of a half and the number D; `generated` and `real`, the mean of each of
-        `set_figures` over the splits, and their standard deviations as `generated_sd` and `real_sd`. None for halves of
-        fewer than three films.
+        `films` and `features`, the size of a half and the number D; by name of a set, and as `real`, the mean of each of
+        `set_figures` over the splits, and as `generated_sd`, say, their standard deviations, of splits that share films;
+        `relative`, as `compare_sets` has it. None for halves of fewer than three films.
     """
     generator = np.random.default_rng(derive_seed(seed, "halves"))
     patients = np.asarray(patients)
     names = np.unique(patients)
-    draws: dict[str, list[dict]] = {"generated": [], "real": []}
+    draws: dict[str, list[dict]] = {name: [] for name in ("real", *sets)}
     splits = []
     for _ in range(FLOOR_DRAWS):
         first = np.isin(patients, generator.permutation(names)[: len(names) // 2])
@@ -131,11 +187,13 @@ def compare_halves(real: Tensor, generated: Tensor, patients: Sequence[str], see
     for split in splits:
         one, other = (np.sort(generator.permutation(half)[:size]) for half in split)
         draws["real"].append(set_figures(real[one], real[other]))
-        draws["generated"].append(set_figures(real[one], generated[other]))
+        for name, films in sets.items():
+            draws[name].append(set_figures(real[one], films[other]))
     summary: dict = {"films": size, "features": real.shape[1]}
     for kind, figures in draws.items():
         summary |= dict(zip((kind, f"{kind}_sd"), _mean_and_spread(figures), strict=True))
-    return summary
+    relative = {name: relative_to(summary[name], summary["real"], summary["real_sd"]) for name in sets}
+    return summary | {"relative": relative}
 
 
 def _mean_and_spread(draws: Sequence[dict[str, float | None]]) -> tuple[dict, dict]:

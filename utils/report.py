@@ -30,6 +30,32 @@ DEFINITIONS = {
     "AUROC": "Area under the receiver operating characteristic: how often a film with the label is read above one without.",
     "coverage": "Share of real films that reach a generated one; near 0.97 between equal sets.",
 }
+SETS_OF_FOLDS = {  # what is measured of a fold's films as a set, by its place in `metrics.json`
+    "distribution/generated/frechet": "Frechet distance: adapter",
+    "distribution/base/frechet": "Frechet distance: base without LoRA",
+    "distribution/real/frechet": "Frechet distance: other real films",
+    "distribution/generated/kernel": "kernel distance: adapter",
+    "distribution/base/kernel": "kernel distance: base without LoRA",
+    "distribution/real/kernel": "kernel distance: other real films",
+    "distribution/generated/precision": "precision: adapter",
+    "distribution/generated/recall": "recall: adapter",
+    "distribution/generated/density": "density: adapter",
+    "distribution/generated/coverage": "coverage: adapter",
+    "variety/one_caption/mean": "MS-SSIM among generated films of one caption",
+    "variety/real_films_of_one_caption/mean": "MS-SSIM among real films of one caption",
+    "variety/real_films/mean": "MS-SSIM among real films of any captions",
+    "counterfactual/all/generated/mean": "finding read more strongly where asked for: adapter (chance 0.5)",
+    "counterfactual/all/real/mean": "finding read more strongly where it is: real films",
+    "memorisation/features/probability": "share nearer to training, in features (0.5 is expected)",
+    "memorisation/pixels/probability": "share nearer to training, in pixels (0.5 is expected)",
+    "memorisation/features/near_copies": "near copies of training films, in features",
+    "memorisation/pixels/near_copies": "near copies of training films, in pixels",
+    "memorisation/copies": "copies of training films",
+    "memorisation/captions/probability": "captions of training recognised (0.5 is expected)",
+}
+KINDS = {"adapter": "adapter", "base": "base without LoRA", "gain": "gain over the base (positive is better)",
+         "own_decoder": "adapter with the base's decoder", "generated": "generated", "random_pair": "two unrelated real films",
+         "mean_film": "mean training film (floor)", "ceiling": "autoencoder's round trip (ceiling)"}  # fmt: skip
 SMOOTHING = 25  # steps of the running mean in the loss curve
 
 
@@ -227,26 +253,36 @@ def headline_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     for strength, by_metric in metrics["rebuilt"].items():
         for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4)):
             figures, bounds = by_metric[name], metrics["bounds"][name]
-            title = f"rebuilt from {strength}: {TITLES[name]}"
-            parts = figures["adapter"], figures["base"], figures["gain"], bounds["mean_film"], bounds["ceiling"]
-            rows.append([title, *(with_interval(part, digits) for part in parts)])
+            parts = [figures[kind] for kind in ("adapter", "base", "gain", "noisy")] + [
+                bounds["mean_film"],
+                bounds["ceiling"],
+            ]
+            shares = [f"{figures[f'{kind}_normalised']:.3f}" for kind in ("adapter", "base")]
+            rows.append([
+                f"rebuilt from {strength}: {TITLES[name]}", *(with_interval(part, digits) for part in parts), *shares
+            ])  # fmt: skip
     for level, figures in metrics["noise_prediction_mse"].items():
         parts = figures["adapter"], figures["base"], figures["gain"]
-        rows.append([f"prediction at t = {level}: MSE", *(with_interval(part, 4) for part in parts), "", ""])
-    for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4), ("mse", 4)):
-        figures = metrics["free_samples"][name]
-        rows.append([
-            f"free sample against its real partner: {TITLES[name]}", with_interval(figures["generated"], digits),
-            f"random pair {with_interval(figures['random_pair'], digits)}" if figures["random_pair"] else "", "",
-            with_interval(figures["mean_film"], digits), "",
-        ])  # fmt: skip
+        rows.append([f"prediction at t = {level}: MSE", *(with_interval(part, 4) for part in parts), *[""] * 5])
     heads = [
-        "",
-        "adapter",
-        "base without LoRA",
-        "gain, paired by film (positive is better)",
-        "floor: mean film",
-        "ceiling: autoencoder",
+        "", "adapter", "base without LoRA", "gain, paired by film (positive is better)", "floor: the noisy film itself",
+        "floor: mean film", "ceiling: autoencoder", "normalised: adapter", "normalised: base",
+    ]  # fmt: skip
+    return heads, rows
+
+
+def free_samples_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of how like the film of its caption a generated film is; `metrics` as in `metrics.json`."""
+    kinds = ("generated", "random_pair", "mean_film")
+    rows = [
+        [TITLES[name], *(with_interval(metrics["free_samples"][name][kind], digits) for kind in kinds)]
+        for name, digits in (("ssim", 4), ("psnr", 2), ("ms_ssim", 4), ("mse", 4))
+    ]
+    heads = [
+        "with the real film",
+        "film generated from its caption",
+        "another patient's real film",
+        "mean training film",
     ]
     return heads, rows
 
@@ -320,12 +356,10 @@ def distribution_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             if name == "kernel" and films_of != "real":
                 spread = part[films_of]["kernel_error"]
             cells.append(show(part[films_of][name], spread))
-        real = part["real"][name]
-        times = f"{part['generated'][name] / real:.2f}" if name == "frechet" and real else ""
-        rows.append([title, *cells[:3], times, cells[3]])
+        rows.append([title, *cells[:3], in_relation(name, part["relative"]["generated"][name]), cells[3]])
     heads = [
         f"{films} films a set, {part['features']} features of {part['encoder']}", "adapter", "base without LoRA",
-        "other real films in their place", "adapter, times real", "the mean film alone",
+        "other real films in their place", "adapter, beside those", "the mean film alone",
     ]  # fmt: skip
     return heads, rows
 
@@ -339,14 +373,20 @@ def halves_table(part: dict) -> tuple[list[str], list[list[str]]]:
 
     rows = []
     for name, title in distance_titles(part["films"]).items():
-        generated, real = part["generated"][name], part["real"][name]
-        times = f"{generated / real:.2f}" if name == "frechet" and real else ""
-        rows.append([title, show("generated", name), show("real", name), times])
+        beside = in_relation(name, part["relative"]["generated"][name])
+        rows.append([title, *(show(kind, name) for kind in ("generated", "base", "real")), beside])
     heads = [
         f"all folds: {part['films']} films a half, {part['features']} features of {part['encoder']}",
-        "adapter, out of fold", "real films of the same captions", "times real",
+        "adapter, out of fold", "base without LoRA", "real films of the same captions", "adapter, beside those",
     ]  # fmt: skip
     return heads, rows
+
+
+def in_relation(name: str, value: float | None) -> str:
+    """Return what `realism.relative_to` says of a figure, in words."""
+    if value is None:
+        return ""
+    return f"{value:+.1f} standard deviations" if name == "kernel" else f"{value:.2f} times"
 
 
 def against_table(part: dict) -> tuple[list[str], list[list[str]]]:
@@ -373,18 +413,22 @@ def distance_titles(films: int) -> dict[str, str]:
 def groups_table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the main figures by group of films; `metrics` as in `metrics.json`."""
 
-    rows = [
-        [
-            f"{attribute}: {value}", str(figures["films"]), str(figures["patients"]),
-            *(with_interval(figures[name], 4) for name in ("ssim/adapter", "ssim/gain", "mse/adapter", "mse/gain")),
-        ]
-        for attribute, by_value in metrics["by_group"].items()
-        for value, figures in by_value.items()
-    ]  # fmt: skip
+    rows = []
+    for attribute, by_value in metrics["by_group"].items():
+        for value, figures in by_value.items():
+            rows.append([
+                f"{attribute}: {value}", str(figures["films"]), str(figures["patients"]),
+                *(with_interval(figures[name], 4) for name in ("ssim/adapter", "ssim/gain", "mse/adapter", "mse/gain")),
+                *(with_interval(figures["auroc"][kind], 2) for kind in ("generated", "real")),
+            ])  # fmt: skip
+            for distance in figures.get("kernel", {}).values():
+                rows[-1].append("{mean:.2f} +- {error:.2f}".format(**distance) if distance else "")
     heads = [
         "films of", "films", "patients", "SSIM, rebuilt from half the noise", "gain over the base",
-        "MSE of the prediction, all levels", "gain over the base",
+        "MSE of the prediction, all levels", "gain over the base", "AUROC, mean over findings: adapter", "ceiling: real films",
+        "kernel distance: adapter", "other real films of the group",
     ]  # fmt: skip
+    heads = heads[: max(map(len, rows), default=0)]
     return heads, rows
 
 
@@ -453,36 +497,91 @@ def tstr_over_folds_table(part: dict, folds: Sequence[int]) -> tuple[list[str], 
         "synthetic": "generated films", "real": "as many real films", "both": "both", "all_real": "all real films of training",
     }  # fmt: skip
     rows = [
-        [title, f"{part[kind]['mean']:.3f} +- {part[kind]['sd']:.3f}", *(f"{v:.3f}" for v in part[kind]["by_fold"])]
+        [title, f"{part[kind]['sd']:.3f}", with_interval(part[kind], 3), *(f"{v:.3f}" for v in part[kind]["by_fold"])]
         for kind, title in titles.items()
     ]
-    heads = ["fitted on", f"AUROC on held-out real films, mean over {', '.join(part['findings'])} and folds +- sd"]
+    heads = ["fitted on", "sd", f"AUROC on held-out real films, mean over {', '.join(part['findings'])} and folds"]
     return [*heads, *(f"fold {number}" for number in folds)], rows
 
 
-def settings_table(metrics: dict, terms: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def films_over_folds_table(record: dict, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of figures by film, over folds and pooled.
+
+    Args:
+        record: content of `summary.json`.
+        names: of its `figures`.
+    """
+    rows = []
+    for name in names:
+        row = record["figures"][name]
+        low, high = row["pooled_interval"]
+        values = [f"{value:.4f}" for value in row["by_fold"]]
+        rows.append([
+            figure_title(name), with_interval(row, 4), f"{row['sd']:.4f}", *values, f"{row['pooled']:.4f} [{low:.4f}, {high:.4f}]"
+        ])  # fmt: skip
+    return ["", "mean of folds [95 %]", "sd", *_fold_heads(record), "all films [95 % by patient]"], rows
+
+
+def sets_over_folds_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what each fold's films are as a set; `record` as in `summary.json`."""
+    rows = [
+        [
+            SETS_OF_FOLDS[place],
+            with_interval(row, 3),
+            f"{row['sd']:.3f}",
+            *(f"{value:.3f}" for value in row["by_fold"]),
+        ]
+        for place, row in record["sets"].items()
+    ]
+    rows.append(["memorisation audit", "", "", *record["verdicts"]])
+    return ["", "mean of folds [95 %]", "sd", *_fold_heads(record)], rows
+
+
+def _fold_heads(record: dict) -> list[str]:
+    return [f"fold {number}" for number in record["folds"]]
+
+
+def figure_title(name: str) -> str:
+    """Return "SSIM, rebuilt from 0.5: adapter" for "adapter/ssim/0.5", and so on for all columns of `films.jsonl`."""
+    part, metric, *rest = name.split("/")
+    if part == "free":
+        return f"{TITLES[rest[0]]}, with the real film of its caption: {KINDS[metric]}"
+    if part == "bound" and rest[0] == "noisy":
+        return f"{TITLES[metric]}, noisy film of strength {rest[1]} itself (floor)"
+    if part == "bound":
+        return f"{TITLES[metric]}: {KINDS[rest[0]]}"
+    if rest[0] == "ceiling":
+        return f"{TITLES[metric]}: round trip with the base's decoder"
+    at = f"of the prediction at t = {rest[0]}" if metric == "mse" else f", rebuilt from {rest[0]}"
+    return f"{TITLES[metric]}{' ' if metric == 'mse' else ''}{at}: {KINDS[part]}"
+
+
+def settings_table(folds: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of what was measured, with what, and under which terms.
 
     Args:
-        metrics: content of `metrics.json`.
-        terms: licences of base and films.
+        folds: content of `metrics.json` of one fold or several that were evaluated alike.
     """
-    settings = metrics["settings"]
+    metrics, settings = folds[0], folds[0]["settings"]
+    counts = [sum(fold[name] for fold in folds) for name in ("films", "patients")]
     chosen = ("lora_targets", "rank", "text_encoder_rank", "lora_alpha", "learning_rate", "text_encoder_lr",
               "films_a_step", "max_train_steps", "max_train_samples", "snr_gamma", "caption_dropout", "shuffle_captions",
               "use_ema")  # fmt: skip
     rows = [
         ["base model", metrics["base"]],
-        ["adapter", f"step {metrics['adapter']['step']}, SHA-256 {metrics['adapter']['sha256']}"],
-        ["films", f"{metrics['films']} held-out of {metrics['patients']} patients, {metrics['resolution']} px"],
+        *(
+            [f"adapter of fold {fold['fold']}", f"step {fold['adapter']['step']}, SHA-256 {fold['adapter']['sha256']}"]
+            for fold in folds
+        ),
+        ["films", f"{counts[0]} held-out of {counts[1]} patients, {metrics['resolution']} px"],
         ["data", f"SHA-256 {metrics['data_hash']}"],
         ["sampling", ", ".join(f"{name} {value}" for name, value in metrics["sampling"].items())],
-        ["arithmetic", metrics["mixed_precision"]],
+        ["arithmetic", "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]],
         ["feature space", metrics["features"]],
         ["seed", str(metrics["seed"])],
         ["training", ", ".join(f"{name} {settings[name]}" for name in chosen if name in settings)],
         ["versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())],
-        *(["terms", text] for text in terms),
+        *(["terms", text] for text in metrics["terms"]),
     ]
     return ["measured", "how"], rows
 

@@ -11,32 +11,48 @@ AGE_BANDS = {
     "60 to 79": 80,
     "80 or more": MAX_AGE + 1,
 }  # years, below which
+NOT_KNOWN = "not known"
 
 
-def subgroups(rows: Sequence[dict], training_captions: Collection[str]) -> dict[str, dict[str, list[int]]]:
-    """Return the places of films by attribute and value; films whose table does not say are in no group.
+def values_of(rows: Sequence[dict], views: Sequence[str | None], training_captions: Collection[str]) -> list[dict]:
+    """Return the group of each film by attribute: `sex`, `age` and `view`, None where that is not known, and `caption`.
 
     Args:
         rows: of `metadata.jsonl`.
+        views: of the films, from `alignment.views_of`.
         training_captions: that the model was trained on.
-
-    Returns:
-        By attribute (`sex`, `age`, `view`, `caption`), in order of the values, only where there are two at least: what
-        all films share separates none.
     """
     known = set(training_captions)
-    groups: dict[str, dict[str, list[int]]] = {"sex": {}, "age": {}, "view": {}, "caption": {}}
-    for place, row in enumerate(rows):
-        values = {
-            "sex": row.get("sex"),
+    sexes = [row.get("sex") for row in rows]
+    return [
+        {
+            "sex": None if sex in (None, "") else str(sex),
             "age": age_band(row.get("age")),
-            "view": row.get("view"),
+            "view": view or row.get("view") or None,
             "caption": "seen in training" if row["text"] in known else "new",
         }
-        for attribute, value in values.items():
-            if value is not None and value != "":
-                groups[attribute].setdefault(str(value), []).append(place)
-    return {attribute: dict(sorted(by_value.items())) for attribute, by_value in groups.items() if len(by_value) > 1}
+        for row, sex, view in zip(rows, sexes, views, strict=True)
+    ]
+
+
+def subgroups(values: Sequence[dict]) -> dict[str, dict[str, list[int]]]:
+    """Return the places of films by attribute and value.
+
+    Args:
+        values: of each film, from `values_of`.
+
+    Returns:
+        In order of the values, "not known" last, only for attributes of which two values at least are known: what all films
+        share separates none.
+    """
+    groups: dict[str, dict[str, list[int]]] = {}
+    for place, of_film in enumerate(values):
+        for attribute, value in of_film.items():
+            groups.setdefault(attribute, {}).setdefault(value or NOT_KNOWN, []).append(place)
+    ordered = {
+        name: dict(sorted(of.items(), key=lambda part: (part[0] == NOT_KNOWN, part))) for name, of in groups.items()
+    }
+    return {name: of for name, of in ordered.items() if len(of.keys() - {NOT_KNOWN}) > 1}
 
 
 def age_band(age: object) -> str | None:
