@@ -751,6 +751,7 @@ def main(args: argparse.Namespace) -> int:
     ema = EMAModel(lora_parameters, decay=args.ema_decay, use_ema_warmup=True, foreach=True) if args.use_ema else None
     early_stopping = EarlyStopping(patience=args.early_stopping_patience)
     first_step = position = 0
+    validations: list[dict] = []  # the rows of validation.jsonl
     if state is not None:
         with torch.no_grad():
             for name, tensor in live_tensors.items():
@@ -763,7 +764,7 @@ def main(args: argparse.Namespace) -> int:
             ema.load_state_dict(tensors["ema"])
             ema.to(device)
         early_stopping = EarlyStopping(**state["early_stopping"])
-        first_step, position = state["step"], state["position"]
+        first_step, position, validations = state["step"], state["position"], state["validations"]
 
     # The record
     log, validation_log = run_dir / "log.jsonl", run_dir / "validation.jsonl"
@@ -783,7 +784,7 @@ def main(args: argparse.Namespace) -> int:
             clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
         else:
             restore_best(run_dir, first_step, early_stopping.best_step)
-        forget_after(run_dir, first_step, state is None or state["validated"])
+            forget_after(run_dir, first_step, validations)
         prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
         write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
@@ -834,11 +835,11 @@ def main(args: argparse.Namespace) -> int:
                     off, effect = verify_adapter(run_dir / name, base.name, live_unet, live_text_encoder, *where)
                     tqdm.write(f"{name} in a fresh pipeline is off by {off:.0e}, where its effect is {effect:.0e}")
         if accelerator.is_main_process:
-            first = row if step == 0 else read_jsonl(validation_log)[0]
-            floor, ceiling = (first["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))
+            validations.append(row)
+            floor, ceiling = (validations[0]["bounds"]["ssim"][bound] for bound in ("mean_film", "ceiling"))
             row["ssim_normalised"] = (row["ssim"] - floor) / (ceiling - floor)
             append_jsonl(validation_log, [row])
-            draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], read_jsonl(validation_log))
+            draw_curves(run_dir / "curves.png", read_jsonl(log) if log.exists() else [], validations)
             if sheet is not None:
                 save_png(run_dir / "samples" / f"step-{step:06d}.png", sheet)
                 track_samples(accelerator, sheet, step)
@@ -856,8 +857,7 @@ def main(args: argparse.Namespace) -> int:
             state = {
                 "step": step, "position": position, "validated": validated, "finished": finished,
                 "num_processes": accelerator.num_processes, "device": device.type, "settings": settings,
-                "base_hash": base_hash,
-                "early_stopping": asdict(early_stopping),
+                "base_hash": base_hash, "early_stopping": asdict(early_stopping), "validations": validations,
             }  # fmt: skip
             if with_tensors:
                 tensors = {
@@ -1006,7 +1006,6 @@ def main(args: argparse.Namespace) -> int:
     # The result: the best adapter is in place already; say what it is worth
     status = 0
     if accelerator.is_main_process:
-        validations = read_jsonl(validation_log)
         draw_curves(run_dir / "curves.png", read_jsonl(log), validations)
         write_card(run_dir, data_dir)
         seconds = time.monotonic() - started

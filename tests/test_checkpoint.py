@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, newest kept, and refused where they do not fit. Hermetic."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ from utils.refusal import Refused
 from utils.release import WEIGHTS_NAME
 
 SETTINGS = {"rank": 4, "films_a_step": 8}
+VALIDATIONS = [{"step": 0, "ssim": 0.5}, {"step": 1, "ssim": 0.625}]
 
 
 def save(run: Path, step: int, finished: bool = False, settings: dict | None = None) -> None:
     state = {"step": step, "finished": finished, "num_processes": 1, "device": "cpu", "settings": settings or SETTINGS}
-    run.mkdir(exist_ok=True)
-    (run / "validation.jsonl").touch()
+    state |= {"validated": True, "validations": VALIDATIONS}
     save_checkpoint(run, step, state, {"adapters": {"a": torch.full((2,), float(step))}})
 
 
@@ -65,7 +66,7 @@ def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: P
     (tmp_path / "checkpoint-4.tmp").mkdir()
     write_jsonl(tmp_path / "log.jsonl", [{"step": step} for step in (1, 2, 3)])
     assert start(tmp_path, wanted="checkpoint-2")[0]["step"] == 2  # a name, as diffusers takes it
-    forget_after(tmp_path, 2)
+    forget_after(tmp_path, 2, VALIDATIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-1",
         "checkpoint-2",
@@ -73,6 +74,7 @@ def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: P
         "validation.jsonl",
     ]
     assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [1, 2]
+    assert read_jsonl(tmp_path / "validation.jsonl") == VALIDATIONS
 
 
 def test_a_fresh_folder_starts_afresh(tmp_path: Path) -> None:
@@ -126,8 +128,26 @@ def test_broken_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     for content in (file.read_bytes()[:100], b"", b"no checkpoint"):
         file.write_bytes(content)
         with pytest.raises(Refused, match="no whole checkpoint"):
+            start(tmp_path, wanted="checkpoint-3")
+        with pytest.raises(Refused, match=r"no checkpoint of .* is whole \(checkpoint-3\); start afresh"):
             start(tmp_path)
     assert start(tmp_path, wanted="none")[0] is None  # the way out that the message names
+
+
+@pytest.mark.parametrize("name", ["training_state.pt", "state.json"])
+def test_a_torn_checkpoint_is_passed_over_and_said_unless_it_is_asked_for(tmp_path: Path, name: str) -> None:
+    """Half of it is what a mounted Drive keeps of a file when the machine is taken away."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        (tmp_path / f"checkpoint-{step}" / name).write_bytes(b"")
+    state, _, remark = start(tmp_path)
+    assert state["step"] == 1
+    assert remark == f"going on from {tmp_path / 'checkpoint-1'}, as checkpoint-3 and checkpoint-2 cannot be read"
+    with pytest.raises(Refused, match="checkpoint-3 is no whole checkpoint .* leave --resume_from_checkpoint out"):
+        start(tmp_path, wanted="checkpoint-3")
+    forget_after(tmp_path, 1, state["validations"])
+    assert checkpoint_steps(tmp_path) == [1]
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
@@ -138,7 +158,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     save(tmp_path, 3)
     torch.save({"adapters": Trap()}, tmp_path / "checkpoint-3" / "training_state.pt")
     with pytest.raises(Refused, match="no whole checkpoint"):
-        start(tmp_path)
+        start(tmp_path, wanted="checkpoint-3")
     assert not (tmp_path / "ran").exists()
 
 
@@ -164,13 +184,28 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"mine.png", "slurm-1.out"}
 
 
-def test_a_run_without_its_records_and_other_films_are_refused_in_words(tmp_path: Path) -> None:
+def test_other_films_are_refused_in_words(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(Refused, match="other films or captions"):
         start(tmp_path, training_data_hash="other")
-    (tmp_path / "validation.jsonl").unlink()
-    with pytest.raises(Refused, match=r"no validation\.jsonl"):
-        start(tmp_path)
+
+
+@pytest.mark.parametrize(("validated", "rows"), [(True, VALIDATIONS), (False, VALIDATIONS[:1])])
+def test_a_checkpoint_of_before_it_held_validations_takes_those_of_the_record(
+    tmp_path: Path, validated: bool, rows: list[dict]
+) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoint-1" / "state.json"
+    state = json.loads(path.read_text()) | {"validated": validated}
+    del state["validations"]
+    path.write_text(json.dumps(state))
+    record = tmp_path / "validation.jsonl"
+    write_jsonl(record, [*VALIDATIONS, {"step": 2}])
+    assert start(tmp_path)[0]["validations"] == rows
+    for lose in (lambda: record.write_bytes(b""), record.unlink):
+        lose()
+        with pytest.raises(Refused, match=r"validation\.jsonl is missing or empty; start afresh"):
+            start(tmp_path)
 
 
 def test_another_kind_of_device_is_said(tmp_path: Path) -> None:

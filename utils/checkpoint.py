@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.files import sha256_file, sync_folder, write_bytes, write_json
+from utils.files import read_jsonl, sha256_file, sync_folder, write_bytes, write_json, write_jsonl
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, HEADER_KEY, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import cut_back, differences
@@ -115,10 +115,39 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict]:
         tensors = torch.load(folder / TENSORS_NAME, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise Refused(
-            f"{folder} is no whole checkpoint ({' '.join(str(error).split())[:160]}); delete it to go on from the one "
-            "before, or start afresh with --resume_from_checkpoint none"
+            f"{folder} is no whole checkpoint ({' '.join(str(error).split())[:160]}); leave --resume_from_checkpoint out to "
+            "go on from the newest that is whole, or start afresh with --resume_from_checkpoint none"
         ) from error
     return state, tensors
+
+
+def newest_whole(run: Path) -> tuple[dict, dict, Path, list[str]]:
+    """Return `state` and `tensors` of a run's newest whole checkpoint, its folder, and the names of later ones, torn.
+
+    Raises:
+        Refused: where none is whole.
+    """
+    torn = []
+    for step in reversed(checkpoint_steps(run)):
+        folder = run / f"checkpoint-{step}"
+        try:
+            return *load_checkpoint(folder), folder, torn
+        except Refused:
+            torn.append(folder.name)
+    raise Refused(
+        f"no checkpoint of {run} is whole ({', '.join(torn)}); start afresh with --resume_from_checkpoint none"
+    )
+
+
+def recorded_validations(run: Path, state: dict) -> list[dict]:
+    """Return the rows of the validations before a checkpoint: its own, or the record's where it is of before it had any."""
+    if "validations" in state:
+        return state["validations"]
+    log, last = run / "validation.jsonl", state["step"] if state["validated"] else state["step"] - 1
+    rows = [row for row in read_jsonl(log) if row["step"] <= last] if log.exists() else []
+    if not rows:
+        raise Refused(f"{log} is missing or empty; start afresh with --resume_from_checkpoint none")
+    return rows
 
 
 def find_start(
@@ -146,12 +175,14 @@ def find_start(
         if is_finished(run) and not (wanted == "none" and overwrite):
             raise Refused(f"{run} holds a finished run; --resume_from_checkpoint none --overwrite deletes it")
         return None, {}, "starting afresh"
-    folder = run / (f"checkpoint-{steps[-1]}" if wanted == "latest" else Path(wanted).name)
-    if not folder.is_dir() or (wanted not in ("latest", folder.name) and Path(wanted).resolve() != folder.resolve()):
-        raise Refused(f"no checkpoint {wanted} in {run}, which has those of steps {steps or 'none'}")
-    state, tensors = load_checkpoint(folder)
-    if not (run / "validation.jsonl").exists():
-        raise Refused(f"{run} has checkpoints but no validation.jsonl; put it back, or choose another --output_dir")
+    if wanted == "latest":
+        state, tensors, folder, torn = newest_whole(run)
+    else:
+        folder, torn = run / Path(wanted).name, []
+        if not folder.is_dir() or (wanted != folder.name and Path(wanted).resolve() != folder.resolve()):
+            raise Refused(f"no checkpoint {wanted} in {run}, which has those of steps {steps or 'none'}")
+        state, tensors = load_checkpoint(folder)
+    state["validations"] = recorded_validations(run, state)
     if state["settings"].get("training_data_hash") != settings.get("training_data_hash"):
         raise Refused(
             f"{folder} was made with other films or captions than the training folder holds now; choose another "
@@ -164,6 +195,8 @@ def find_start(
             "start afresh with --resume_from_checkpoint none"
         )
     remark = f"going on from {folder}"
+    if torn:
+        remark += f", as {' and '.join(torn)} cannot be read"
     if state["num_processes"] != num_processes:
         remark += f", on {num_processes} processes instead of {state['num_processes']}"
     if state["device"] != device:
@@ -191,13 +224,13 @@ def is_run(folder: Path) -> bool:
     return isinstance(config, dict) and "settings" in config
 
 
-def forget_after(run: Path, step: int, validated: bool = True) -> None:
+def forget_after(run: Path, step: int, validations: list[dict]) -> None:
     """Delete what lies after `step` and what kills left unfinished, so that the run goes on from there alone.
 
     Args:
         run: the run's folder.
         step: of the checkpoint that is gone on from.
-        validated: whether its validation is done; one that a kill cut short is made again.
+        validations: its rows of them; one that a kill cut short is not among them and is made again.
     """
     for later in checkpoint_steps(run):
         if later > step:
@@ -205,7 +238,7 @@ def forget_after(run: Path, step: int, validated: bool = True) -> None:
     for partial in run.glob("checkpoint-*.tmp"):
         shutil.rmtree(partial)
     cut_back(run / "log.jsonl", step)
-    cut_back(run / "validation.jsonl", step if validated else step - 1)
+    write_jsonl(run / "validation.jsonl", validations)
 
 
 def clear_run(run: Path, keep_decoder: bool) -> None:
