@@ -19,11 +19,18 @@ STUBS = {
         train_lora.py*) mkdir -p out/fold3 && touch -a out/fold3/pytorch_lora_weights.safetensors; exit ${TRAINING:-0} ;;
         evaluate.py*) mkdir -p out/fold3/evaluation && echo terms >out/fold3/evaluation/metrics.json ;;
     esac""",
-    "accelerate": """touch started; until [ -e told ] || [ -z "${WAITS:-}" ]; do sleep 0.05; done; exit ${TRAINING:-0}""",
+    "accelerate": """trap 'touch told' TERM; touch "started$SLURM_NODEID"
+        [ "$SLURM_NODEID" = "${FAILS:-}" ] || until [ -e told ] || [ -z "${WAITS:-}" ]; do sleep 0.05; done
+        exit ${TRAINING:-0}""",
+    # As the real one: what fails has the others told, and the highest status is its own
     "srun": """[ "$1" != --kill-on-bad-exit=1 ] || shift
-        for SLURM_NODEID in $(seq 0 $((${SLURM_JOB_NUM_NODES:-1} - 1))); do export SLURM_NODEID; "$@" || exit; done""",
+        for SLURM_NODEID in $(seq 0 $((${SLURM_JOB_NUM_NODES:-1} - 1))); do
+            export SLURM_NODEID; "$@" & tasks="${tasks:-} $!"; done
+        echo "$tasks" >tasks; highest=0
+        for task in $tasks; do wait $task || { status=$?; kill $tasks 2>&-; [ $status -lt $highest ] || highest=$status; }; done
+        exit $highest""",
     "scontrol": """[ "$1" != requeue ] || kill $PPID; [ "$1" != show ] || printf 'node1\\nnode2\\n'""",
-    "scancel": "touch told",
+    "scancel": "kill $(cat tasks)",
 }
 JOB = {"SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
 TASK = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
@@ -35,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, text in STUBS.items():
-        (programs / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>calls.txt\n{text}\n')
+        (programs / name).write_text(f"""#!/usr/bin/env bash\necho "{name} ${{*//$'\\n'/ }}" >>calls.txt\n{text}\n""")
         (programs / name).chmod(0o755)
     return tmp_path
 
@@ -74,29 +81,40 @@ def test_a_fold_that_fails_is_not_queued_again(checkout: Path) -> None:
     assert calls(checkout, "scontrol") == []
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_machines_are_started_as_their_preset_says(checkout: Path, status: int) -> None:
-    job = submit(checkout, "multi_node.slurm", "--fold", "2", TRAINING=str(status), **JOB)
-    assert job.wait(HANG_S) == status
-    started = calls(checkout, "accelerate")
-    assert started == [
+def test_machines_are_started_as_their_preset_says(checkout: Path) -> None:
+    assert submit(checkout, "multi_node.slurm", "--fold", "2", **JOB).wait(HANG_S) == 0
+    assert sorted(calls(checkout, "accelerate")) == [
         f"accelerate launch --config_file launch/multi_node.yaml --num_machines 2 --machine_rank {rank} "
         f"--main_process_ip node1 --num_processes 8 --main_process_port 20070 "
         f"train_lora.py --train_batch_size {FILMS_A_STEP // 8} --fold 2"
-        for rank in range(1 if status else 2)
+        for rank in range(2)
     ]
     assert not any("requeue" in line for line in calls(checkout, "scontrol"))
 
 
+def test_a_machine_that_fails_ends_the_job_though_the_others_are_told_to_leave(checkout: Path) -> None:
+    """By srun; else what fails each time would be queued again each time."""
+    assert submit(checkout, "multi_node.slurm", FAILS="0", WAITS="1", TRAINING="1", **JOB).wait(HANG_S) == 1
+    assert not any("requeue" in line for line in calls(checkout, "scontrol"))
+
+
 @pytest.mark.parametrize("status", [0, 1])
-def test_machines_whose_time_is_up_are_queued_again_unless_they_are_done(checkout: Path, status: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_machines_that_are_told_to_leave_are_queued_again_unless_they_are_done(
+    checkout: Path, status: int, number: int
+) -> None:
+    """USR1 is the job's before its time is up, SIGTERM the machines' when it is pre-empted: here one's, which all follow."""
     job = submit(checkout, "multi_node.slurm", WAITS="1", TRAINING=str(status), **JOB)
-    while not (checkout / "started").exists():
+    while len(list(checkout.glob("started?"))) < 2:
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)
+    if number == signal.SIGUSR1:
+        job.send_signal(number)
+    else:
+        os.kill(int((checkout / "tasks").read_text().split()[0]), number)
     assert bool(job.wait(HANG_S)) == bool(status)
-    assert calls(checkout, "scancel") == ["scancel --signal=TERM 70"]  # to the steps, not to the script
+    if number == signal.SIGUSR1:
+        assert calls(checkout, "scancel") == ["scancel --signal=TERM 70"]  # to the steps, not to the script
     assert ("scontrol requeue 70" in calls(checkout, "scontrol")) == bool(status)
 
 
