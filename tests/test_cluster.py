@@ -19,7 +19,7 @@ STUBS = {
         train_lora.py*) mkdir -p out/fold3 && touch -a out/fold3/pytorch_lora_weights.safetensors; exit ${TRAINING:-0} ;;
         evaluate.py*) mkdir -p out/fold3/evaluation && echo terms >out/fold3/evaluation/metrics.json ;;
     esac""",
-    "accelerate": """trap 'touch told' TERM; touch "started$SLURM_NODEID"
+    "accelerate": """echo "gloo $SLURM_NODEID ${GLOO_SOCKET_IFNAME:-}" >>calls.txt; trap 'touch told' TERM; touch "started$SLURM_NODEID"
         [ "$SLURM_NODEID" = "${FAILS:-}" ] || until [ -e told ] || [ -z "${WAITS:-}" ]; do sleep 0.05; done
         exit ${TRAINING:-0}""",
     # As the real one: what fails has the others told, and the highest status is its own
@@ -30,6 +30,8 @@ STUBS = {
         for task in $tasks; do wait $task || { status=$?; kill $tasks 2>&-; [ $status -lt $highest ] || highest=$status; }; done
         exit $highest""",
     "scontrol": """[ "$1" != requeue ] || kill $PPID; [ "$1" != show ] || printf 'node1\\nnode2\\n'""",
+    "getent": 'echo "10.0.0.${2#node} STREAM $2"',
+    "ip": 'echo "$4 via 10.9.9.9 dev to-$4 src 10.0.0.9 uid 0"',
     "scancel": "kill $(cat tasks)",
 }
 JOB = {"SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
@@ -90,6 +92,24 @@ def test_machines_are_started_as_their_preset_says(checkout: Path) -> None:
         for rank in range(2)
     ]
     assert not any("requeue" in line for line in calls(checkout, "scontrol"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "interfaces"),
+    [({}, ["to-10.0.0.2", "to-10.0.0.1"]), ({"GLOO_SOCKET_IFNAME": "mine"}, ["mine", "mine"])],
+)
+def test_machines_find_one_another_whatever_they_call_themselves(
+    checkout: Path, environment: dict[str, str], interfaces: list[str]
+) -> None:
+    """By the interface that leads to the other, not by their own name, which may stand for 127.0.1.1."""
+    assert submit(checkout, "multi_node.slurm", **JOB, **environment).wait(HANG_S) == 0
+    assert sorted(calls(checkout, "gloo")) == [f"gloo {rank} {name}" for rank, name in enumerate(interfaces)]
+
+
+def test_a_machine_without_ip_is_left_to_gloo(checkout: Path) -> None:
+    (checkout / ".venv" / "bin" / "ip").write_text("#!/usr/bin/env bash\nexit 127\n")
+    assert submit(checkout, "multi_node.slurm", **JOB).wait(HANG_S) == 0
+    assert sorted(calls(checkout, "gloo")) == ["gloo 0 ", "gloo 1 "]
 
 
 def test_a_machine_that_fails_ends_the_job_though_the_others_are_told_to_leave(checkout: Path) -> None:
