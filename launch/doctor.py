@@ -95,12 +95,19 @@ def examine() -> Iterator[Finding]:
     if any(finding.fatal for finding in packages):
         return
     try:
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+
         import utils.pipeline
+
+        # Tried out: peft looks for the packages that it knows only where a layer gets its adapter
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1)))
     except Exception as error:  # whatever packages made for one another's older versions raise
         reason = " ".join(str(error).split())[:200]
         mend = "pip install --force-reinstall -r requirements.txt -c constraints.txt"
-        if "torchvision" in reason:
-            mend = "pip uninstall -y torchvision  # made for another torch, and not needed here"
+        for package in ("torchvision", "torchao"):
+            if package in reason:
+                mend = f"pip uninstall -y {package}  # does not fit the others, and is not needed here"
         yield Finding("import", reason, mend, fatal=True)
         return
     cards = find_cards()

@@ -87,6 +87,19 @@ def mirror_of(files: dict[str, bytes]) -> SimpleNamespace:
     return SimpleNamespace(place="mirror", is_remote=False, read=files.get, columns={}, path=Path("/nowhere").joinpath)
 
 
+def fake_package(folder: Path, name: str, version: str) -> None:
+    """Put an empty package into a folder of packages, as an installer would."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").touch()
+    about = folder / f"{name}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (about / "INSTALLER").write_text("pip\n")
+    (about / "RECORD").write_text(
+        f"{name}/__init__.py,,\n{about.name}/METADATA,,\n{about.name}/INSTALLER,,\n{about.name}/RECORD,,\n"
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_base(tmp_path_factory.mktemp("base") / "tiny")

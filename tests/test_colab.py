@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from tests.conftest import HANG_S, ROOT
+from tests.conftest import HANG_S, ROOT, fake_package
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 # What the scripts read, and write last, and a line in work.txt of HOME for what they do; no library is imported
@@ -118,6 +119,17 @@ def test_the_readme_has_the_same_cells() -> None:
 
 
 @pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of packages that pip works on, with the one of Colab's that peft refuses."""
+    venv.create(tmp_path / "colab", with_pip=False)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
+    monkeypatch.setenv("PIP_PYTHON", str(tmp_path / "colab" / "bin" / "python"))
+    folder = next((tmp_path / "colab").glob("lib/python*/site-packages"))
+    fake_package(folder, "torchao", "0.10.0")
+    return folder
+
+
+@pytest.fixture
 def settings(tmp_path: Path) -> dict[str, str]:
     """Settings for a repository of stubs and an empty HOME."""
     repository = tmp_path / "repository"
@@ -146,7 +158,9 @@ def test_whatever_cell_it_is_cut_off_behind_nothing_is_done_twice(settings: dict
     assert "evaluated before" in said(cells[-1][1])
 
 
-def test_a_cell_that_fails_says_why_and_stops_those_below(settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_cell_that_fails_says_why_and_stops_those_below(
+    settings: dict[str, str], packages: Path, tmp_path: Path
+) -> None:
     opened, home = notebook(**settings), tmp_path / "home"
     home.mkdir()
     for name in ("films.tar", "dataset.json"):
@@ -156,6 +170,7 @@ def test_a_cell_that_fails_says_why_and_stops_those_below(settings: dict[str, st
         *cells, films, training, _, _ = code(opened)
         for place, cell in cells:
             client.execute_cell(cell, place)
+        assert not list(packages.glob("torchao*")), "the set-up leaves what stops training"
         for (place, cell), reason in ((films, "holds the films of --source nih"), (training, "ended with status 2")):
             with pytest.raises(CellExecutionError, match=reason):
                 client.execute_cell(cell, place)

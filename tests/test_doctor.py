@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -13,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 import train_lora
 from launch import doctor
 from launch.doctor import FILMS_A_STEP, Card, training_command
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fake_package
 from utils import hardware
 from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
 from utils.refusal import Refused
@@ -136,6 +137,16 @@ def test_packages_that_do_not_fit_together_are_a_fault(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "utils.pipeline", None)  # its import raises
     last = list(doctor.examine())[-1]
     assert last.what == "import" and last.fatal and "requirements.txt" in last.mend
+
+
+def test_a_torchao_that_peft_refuses_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Colab has it: everything imports, and the first layer that gets an adapter raises."""
+    fake_package(tmp_path, "torchao", "0.10.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    peft.import_utils.is_torchao_available.cache_clear()
+    last = list(doctor.examine())[-1]
+    assert (last.what, last.fatal) == ("import", True)
+    assert "incompatible version of torchao" in last.found and last.mend.startswith("pip uninstall -y torchao ")
 
 
 def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
