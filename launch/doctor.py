@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     begun = begun_precision(args.run) if args.run else None
     if args.command:
-        print(training_command(find_cards(), begun, not args.no_launcher))
+        cards = find_cards()
+        if not cards and (why := explain_no_card()).fatal:
+            raise Refused(f"{why.found}; {why.mend}; or train on the CPU: ACCELERATE_USE_CPU=true")
+        print(training_command(cards, begun, not args.no_launcher))
         return 0
     print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
     findings = []
@@ -164,29 +168,42 @@ def check_cards(cards: Sequence[Card]) -> Iterator[Finding]:
     """Say which cards there are and what is free on them; where there is none, whether there should be one."""
     import torch
 
-    kind = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-    build = f"torch {torch.__version__}, {kind}"
     for number, card in enumerate(cards):
         free = torch.cuda.mem_get_info(number)[0] / 2**30
         found = f"{card.name}, {card.memory:.1f} GiB, {free:.1f} free"
         taken = free < 0.9 * card.memory
         mend = "end what else uses it (nvidia-smi lists it), or restart the runtime" if taken else None
         yield Finding(f"GPU {number}", found, mend)
-    if cards:
-        return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not cards:
+        yield explain_no_card()
+
+
+def explain_no_card() -> Finding:
+    """Say why no card is used: fatal where there is one that torch cannot use, not where the environment leaves it out."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    kind = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    build = f"torch {torch.__version__}, {kind}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    left_out_by = None
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        left_out_by = "ACCELERATE_USE_CPU"
+    elif visible is not None and not re.match(r"\d|GPU-|MIG-", visible):  # a scheduler names cards by number or UUID
+        left_out_by = "CUDA_VISIBLE_DEVICES"
     if seen := driver_sees():
+        if left_out_by:
+            found = f"{seen}, left out by {left_out_by}={os.environ[left_out_by]}"
+            return Finding("GPU", found, f"unset {left_out_by}, to use it")
+        mend = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver's CUDA (nvidia-smi names it)"
         if not torch.version.cuda:
             mend = "a CUDA build of torch: pytorch.org/get-started/locally"
-        elif hidden is not None:
-            mend = f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
-        else:
-            mend = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver's CUDA (nvidia-smi names it)"
-        yield Finding("GPU", f"{seen}, which torch cannot use ({build})", mend, fatal=True)
-    elif "COLAB_RELEASE_TAG" in os.environ:
-        yield Finding("GPU", f"none ({build})", "Runtime > Change runtime type > T4, L4 or A100")
-    else:
-        yield Finding("GPU", f"none ({build}): the bundled base trains in minutes, Stable Diffusion needs one")
+        elif visible:
+            mend += f", or another CUDA_VISIBLE_DEVICES than {visible}"
+        return Finding("GPU", f"{seen}, which torch cannot use ({build})", mend, fatal=True)
+    if "COLAB_RELEASE_TAG" in os.environ:
+        return Finding("GPU", f"none ({build})", "Runtime > Change runtime type > T4, L4 or A100")
+    return Finding("GPU", f"none ({build}): the bundled base trains in minutes, Stable Diffusion needs one")
 
 
 def driver_sees() -> str | None:

@@ -100,22 +100,46 @@ def test_packages_that_are_missing_or_too_old_are_named_with_what_mends_them(mon
     assert "numpy" not in findings
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A card that the driver lists and torch, of CUDA 12.8, does not."""
+    monkeypatch.setattr(doctor, "driver_sees", lambda: "NVIDIA L4")
+    monkeypatch.setattr(doctor, "find_cards", lambda: [])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
-    ("cuda", "hidden", "mend"),
+    ("cuda", "visible", "mend"),
     [
         (None, None, "a CUDA build of torch"),
-        ("12.8", "", "unset CUDA_VISIBLE_DEVICES"),
         ("12.8", None, "a driver for CUDA 12.8"),
+        ("12.8", "0", "a driver for CUDA 12.8"),  # as Slurm names a job's card
+        ("12.8", "GPU-8932f937", "a driver for CUDA 12.8"),
     ],
 )
-def test_a_card_that_torch_does_not_see_is_a_fault(cuda, hidden, mend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "driver_sees", lambda: "NVIDIA L4")
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if hidden is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+def test_a_card_that_torch_does_not_see_is_a_fault(cuda, visible, mend, unseen: pytest.MonkeyPatch) -> None:
+    unseen.setattr(torch.version, "cuda", cuda)
+    if visible:
+        unseen.setenv("CUDA_VISIBLE_DEVICES", visible)
     (finding,) = doctor.check_cards([])
     assert finding.fatal and "NVIDIA L4" in finding.found and finding.mend.startswith(mend)
+    with pytest.raises(Refused, match=f"NVIDIA L4, which torch cannot use .*{mend}.*ACCELERATE_USE_CPU=true"):
+        doctor.main(doctor.parse_args(["--command"]))  # else five folds train the bundled base on a core each
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("ACCELERATE_USE_CPU", "true")],
+)
+def test_a_card_that_the_environment_leaves_out_is_not(name, value, unseen: pytest.MonkeyPatch, capsys) -> None:
+    unseen.setenv(name, value)
+    (finding,) = doctor.check_cards([])
+    assert not finding.fatal and f"{name}={value}" in finding.found and finding.mend.startswith(f"unset {name}")
+    assert doctor.main(doctor.parse_args(["--command"])) == 0
+    assert capsys.readouterr().out == training_command([]) + "\n"
 
 
 def test_a_card_that_something_else_fills_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
