@@ -27,6 +27,8 @@ from itertools import count as count_from
 from pathlib import Path
 from types import ModuleType
 
+import utils.quiet  # noqa: F401
+
 import httpx
 import numpy as np
 from PIL import Image

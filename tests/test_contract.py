@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_a_real_process_says_nothing_else(script: str, tmp_path: Path) -> None:
     names = {line.rpartition("|")[2].strip() for line in lines if line not in said}
     assert "utils.refusal" in names
     assert not UNNEEDED.get(script, set()) & names
+
+
+def test_figures_are_drawn_whatever_a_notebook_draws_with() -> None:
+    assert all("utils.quiet" in imported(ROOT / f"{script}.py") for script in SCRIPTS)
+    command = [sys.executable, "-c", "import download; from matplotlib.figure import Figure"]
+    notebook = os.environ | {"MPLBACKEND": "one_of_its_own"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=notebook)
+    assert done.returncode == 0, done.stderr
 
 
 DIFFUSERS_FLAGS = """pretrained_model_name_or_path revision variant dataset_name train_data_dir image_column caption_column
