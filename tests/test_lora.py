@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,6 +255,25 @@ def test_what_a_stock_pipeline_loads_computes_what_was_trained(
     for theirs, our, base_output in zip(outputs(stock.unet, stock.text_encoder), ours, bare, strict=True):
         assert (theirs - our).abs().max() <= 1e-4 * our.abs().max()
         assert (base_output - our).abs().max() > 1e-1 * our.abs().max()
+
+
+@pytest.mark.parametrize("convert", [dict, convert_state_dict_to_diffusers])
+@pytest.mark.parametrize("options", [dict(alpha=16.0), dict(alpha=6.0, use_rslora=True)], ids=str)
+def test_alpha_in_the_header_of_diffusers_own_files_is_heeded(
+    tiny_base: Path, tmp_path: Path, options: dict, convert
+) -> None:
+    base = trained(tiny_base, **options)
+    base.unet.peft_config["default"].alpha_pattern = {"to_k": 2.0}  # as if trained so: the file says it
+    parts = {"unet": base.unet, "text_encoder": base.text_encoder}
+    layers = {f"{name}_lora_layers": convert(get_peft_model_state_dict(part)) for name, part in parts.items()}
+    told = {f"{name}_lora_adapter_metadata": part.peft_config["default"].to_dict() for name, part in parts.items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **layers, **told)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    stock.load_lora_weights(tmp_path)
+    pipeline = assemble(load_base(str(tiny_base)))
+    put_on_adapter(pipeline, read_adapter(tmp_path / WEIGHTS_NAME)[0])
+    pairs = zip(outputs(pipeline.unet, pipeline.text_encoder), outputs(stock.unet, stock.text_encoder), strict=True)
+    assert all((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() for ours, theirs in pairs)
 
 
 def test_dora_on_the_text_encoder_is_refused_as_loaders_drop_it(tiny_base: Path) -> None:

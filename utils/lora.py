@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -185,7 +189,7 @@ def find_adapter(path: Path) -> Path:
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors of an adapter file and our header, {} where another tool wrote it.
+    """Return the tensors of an adapter file, B scaled so that alpha = rank, and our header, {} where another tool wrote it.
 
     Raises:
         Refused: for a file that is no whole safetensors file, or one that holds no LoRA.
@@ -193,9 +197,31 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            told = file.metadata() or {}
+        header = json.loads(told.get(HEADER_KEY, "{}"))
+        state = fold_alphas(state, json.loads(told.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise Refused(f"{path} is no readable safetensors file ({error}); copy or train it again") from error
     if not any("lora" in name for name in state):
         raise Refused(f"{path} holds no LoRA: its first tensor is {min(state, default='missing')}")
     return state, header
+
+
+def fold_alphas(state: dict[str, Tensor], told: Mapping) -> dict[str, Tensor]:
+    """Return adapters with B scaled so that alpha = rank, which is what loaders take of tensors without a header.
+
+    Args:
+        state: tensors in any of the forms that diffusers writes.
+        told: peft's settings as diffusers puts them into a header, such as "unet.lora_alpha"; {} where there are none.
+    """
+    folded = dict(state)
+    for name, tensor in state.items():
+        found = re.fullmatch(r"(\w+)\.(.+)\.(?:lora_B|lora\.up|lora_linear_layer\.up)\.(?:weight|bias)", name)
+        if found is None or (alpha := told.get(f"{found[1]}.lora_alpha")) is None:
+            continue
+        alphas = told.get(f"{found[1]}.alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(alphas, found[2]), alpha)
+        rank = state[name.removesuffix("bias").removesuffix("weight") + "weight"].shape[1]
+        scaling = alpha / (math.sqrt(rank) if told.get(f"{found[1]}.use_rslora") else rank)
+        folded[name] = tensor * scaling
+    return folded
