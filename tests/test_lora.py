@@ -1,6 +1,7 @@
 """Adapters: what is trainable, what is saved, and that every loader gets the same model back. Hermetic."""
 
 import copy
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from utils.export import to_kohya
 from utils.images import load_film
 from utils.lora import (
     UNET_TARGETS,
@@ -182,11 +184,42 @@ def test_files_that_are_no_adapter_are_refused(tiny_base: Path, tmp_path: Path) 
         read_adapter(tiny_base / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_an_adapter_of_another_base_is_refused(tiny_base: Path) -> None:
-    base = trained(tiny_base)
-    state = {name: tensor.repeat(1, 2) for name, tensor in adapter_state(base.unet, base.text_encoder).items()}
-    with pytest.raises(Refused, match="does not fit"):
-        put_on_adapter(assemble(load_base(str(tiny_base))), state)
+LAYER = "unet.mid_block.attentions.9.transformer_blocks.0.attn1.to_q"
+MISFITS = {
+    "of another width": (lambda state: {name: tensor.repeat(1, 2) for name, tensor in state.items()}, "size mismatch"),
+    "peft's own": (lambda state: renamed(state, "base_model.model."), "64 tensors .* have 0; the first is base_model"),
+    "of a transformer": (lambda state: renamed(state, "transformer."), "64 tensors .* have 0; the first is transformer"),
+    "unknown to kohya": (lambda state: {"lora_foo.lora_up.weight": torch.ones(8, 4)}, "has 1 tensors .* have 0"),
+    "with layers that are not there": (
+        lambda state: state | {f"{LAYER}.lora_A.weight": torch.ones(4, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 4)},
+        "82 tensors .* have 80",
+    ),
+    "with half a layer": (lambda state: {name: state[name] for name in sorted(state)[1:]}, "79 tensors .* have 80"),
+    "dora in kohya's form": (lambda state: to_kohya(state) | {"lora_unet_x.dora_scale": torch.ones(1)}, "drops the lengths"),
+}  # fmt: skip
+
+
+def renamed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A UNet's adapters under names of another prefix."""
+    return {name.replace("unet.", prefix): tensor for name, tensor in state.items() if name.startswith("unet.")}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_an_adapter_of_which_a_part_does_not_fit_is_refused_and_no_library_says_more(
+    tiny_base: Path, kind: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, (change, message) = trained(tiny_base), MISFITS[kind]
+    state, pipeline = change(adapter_state(base.unet, base.text_encoder)), assemble(load_base(str(tiny_base)))
+    recwarn.clear()
+    for library in ("diffusers", "peft", "transformers"):  # the first and the last keep their messages from the root
+        logging.getLogger(library).addHandler(caplog.handler)
+    try:
+        with pytest.raises(Refused, match=message):
+            put_on_adapter(pipeline, state, "adapter0")
+    finally:
+        for library in ("diffusers", "peft", "transformers"):
+            logging.getLogger(library).removeHandler(caplog.handler)
+    assert not caplog.records and not recwarn.list
 
 
 def test_pickled_bases_are_refused_and_folders_without_one(tiny_base: Path, tmp_path: Path) -> None:

@@ -200,13 +200,31 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
         name: that it is called by in the pipeline.
 
     Raises:
-        Refused: where the adapter does not fit the base.
+        Refused: where not all of the adapter fits the base.
     """
+    if any("dora_scale" in key for key in state):
+        raise Refused(
+            "the adapter is DoRA in kohya's form, of which diffusers drops the lengths; expected diffusers' form"
+        )
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(
+        diffusers.utils.logging.CRITICAL
+    )  # a line each for the layers that do not fit
     try:
         pipeline.load_lora_weights(dict(state), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:160]
         raise Refused(f"the adapter does not fit this base model ({reason}); name its own base") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
+    models = (pipeline.unet, pipeline.text_encoder)
+    placed = sum(f".{name}." in key for model in models for key, _ in model.named_parameters())
+    given = [key for key in state if not key.endswith(".alpha")]
+    if placed != len(given):  # what has no place is left out by diffusers, what is missing drawn at random
+        raise Refused(
+            f"the adapter does not fit this base model (it has {len(given)} tensors where its layers in this base have "
+            f"{placed}; the first is {min(given)}); expected LoRA of a Stable Diffusion: name its own base"
+        )
     pipeline.set_adapters(name)
 
 
