@@ -15,8 +15,8 @@ Writes to images/ (--output_dir):
 
 Image j of any prompt starts from the noise of seed + j, so that prompts can be compared at equal noise; a data set to train on
 needs other noise for every image (--own_noise). The hash is one of the prompt and of every setting: the same command leaves
-finished images alone and goes on after a kill, another never overwrites them. A base whose files were changed in place is not
-noticed. Several processes, on one machine or with one folder between them, share the work: accelerate launch generate.py ...
+finished images alone and goes on after a kill, another never overwrites them. A base on the hub is known by its name and
+--revision alone. Several processes, on one machine or with one folder between them, share the work: accelerate launch generate.py ...
 """
 
 import argparse
@@ -38,7 +38,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
-from utils.card import public_base
+from utils.card import base_digest, public_base
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import require_space, sha256_file, write_bytes
 from utils.films import UnusableFilm
@@ -336,6 +336,8 @@ def load_model(
         "mixed_precision": accelerator.mixed_precision, "device": accelerator.device.type, "compiled": args.compile,
         "reference_sha256": quality.reference_sha256,
     }  # fmt: skip
+    if digest := base_digest(base_name):  # a name of its own, so that images of other bases keep their names
+        described["base_sha256"] = digest
     return pipeline, described, quality
 
 

@@ -1,13 +1,14 @@
 """Generation on a tiny model: what an image depends on, what it says of itself, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate
 from utils.decoder import decoder_state
@@ -95,6 +96,20 @@ def test_finished_images_are_left_alone_and_missing_ones_made_again(tiny_base: P
     make(tiny_base, tmp_path, *asking(*PROMPTS), "--guidance_scale", "2")
     assert len((tmp_path / "images.jsonl").read_text().splitlines()) == 4
     assert kept.stat().st_mtime_ns == when
+
+
+def test_bases_of_one_name_are_told_apart_by_their_files(tiny_base: Path, tmp_path: Path) -> None:
+    first, second = (Path(shutil.copytree(tiny_base, tmp_path / "jane.doe" / name / "base")) for name in ("v1", "v2"))
+    weights = second / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file(state | {"conv_out.bias": state["conv_out.bias"] + 0.5}, weights, {"format": "pt"})
+    make(first, tmp_path / "out", *asking(PROMPTS[0]))
+    one, other = make(second, tmp_path / "out", *asking(PROMPTS[0]))
+    assert one["base"] == other["base"] == "base"
+    assert np.abs(pixels(tmp_path / "out", one) - pixels(tmp_path / "out", other)).max() > 1
+    moved = Path(shutil.move(first, tmp_path / "base"))
+    assert len(make(moved, tmp_path / "out", *asking(PROMPTS[0]))) == 2, "a base is the same in another place"
+    assert not any(b"jane.doe" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 def test_prompts_come_from_a_file_too(tiny_base: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from utils import hub
-from utils.card import model_card, public_base
+from utils.card import base_digest, model_card, public_base
 from utils.refusal import Refused
 from utils.report import contact_sheet, draw_curves, html_page, html_table, save_png
 
@@ -120,6 +120,7 @@ def test_what_leaves_the_machine_names_no_folder(tmp_path: Path, monkeypatch: py
     assert "jane.doe" not in model_card(config, tmp_path, VALIDATIONS, best_step=10)
     for kept in ("assets/cxr-tiny", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         assert public_base(kept) == kept
+        assert base_digest(kept) is None, "images by these keep the names that they have"
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

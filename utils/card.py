@@ -1,11 +1,12 @@
 """The model card of an adapter: what it was trained on, what it is worth, what it is not for. No torch."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from safetensors import safe_open
 
-from utils.files import read_jsonl, write_bytes
+from utils.files import canonical_json, read_jsonl, sha256_file, write_bytes
 from utils.release import HEADER_KEY, WEIGHTS_NAME, in_words, read_audit
 
 LICENSES = {
@@ -16,6 +17,8 @@ LICENSES = {
         "no interpretation of medical results, among others",
     ),
 }
+PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")  # folders of a base that it is loaded from
+READ = (".json", ".safetensors", ".txt")
 UNKNOWN = ("other", "see the base model's own page; its terms bind this adapter too")
 
 CARD = """---
@@ -104,6 +107,18 @@ def write_card(run_dir: Path, data_dir: Path) -> None:
 def public_base(base: str) -> str:
     """Return a base model as what leaves the machine names it: a folder by its last part, for its path may hold a name."""
     return Path(base).name if base not in LICENSES and Path(base).is_dir() else base
+
+
+def base_digest(base: str) -> str | None:
+    """Return a SHA-256 of the files of a base model in a folder, whose last part may be another's name, too.
+
+    None for the bundled base and for one on the hub, which are known by their name.
+    """
+    if base in LICENSES or not Path(base).is_dir():
+        return None
+    files = sorted(path for part in PARTS for path in Path(base, part).glob("*") if path.suffix in READ)
+    listed = [[path.parent.name, path.name, sha256_file(path)] for path in files]
+    return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
 
 
 def public_config(config: dict) -> dict:
