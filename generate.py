@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from utils.card import base_digest, public_base
 from utils.decoder import find_decoder, put_on_decoder, read_decoder
-from utils.files import require_space, sha256_file, write_bytes
+from utils.files import require_space, require_writable, sha256_file, write_bytes
 from utils.films import UnusableFilm
 from utils.hardware import (
     choose_mixed_precision,
@@ -54,6 +54,7 @@ from utils.hardware import (
 from utils.images import grey_levels, load_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
+from utils.metadata import read_metadata
 from utils.pipeline import (
     SCHEDULERS,
     assemble,
@@ -213,6 +214,15 @@ def check_args(args: argparse.Namespace) -> None:
     choose_mixed_precision(args.mixed_precision)
 
 
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse folders, films and tables that cannot be used, before weights load."""
+    claim_folder(args.output_dir)
+    require_writable(args.output_dir)
+    if args.reference is not None:
+        read_metadata(args.reference)
+    read_init_image(args, SLICED_FROM)  # at any side: the base's own is known later
+
+
 def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Return all that the command line asks for: its own prompts, those of a file, of a grid, of a held-out fold."""
     prompts = typed_prompts(args.prompt)
@@ -266,6 +276,7 @@ def base_of(adapter: Path, named: str) -> str:
     return recorded if public_base(recorded) == named else named
 
 
+@explain_out_of_memory("loading the model", "end what else uses the device, or take --mixed_precision fp16")
 def load_model(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
@@ -395,34 +406,34 @@ def draw(
     """
     versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
     pending = list(due.items())[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=len(pending), desc="generating", unit="image", disable=not accelerator.is_main_process)
-    while pending:
-        asked = [requests[name] for name, _ in pending]
-        seeds = [noise_seed(requests[name], attempt) for name, attempt in pending]
-        pictures = sample_pictures(
-            pipeline, [request["prompt"] for request in asked], seeds, asked[0]["resolution"], args.num_inference_steps,
-            args.guidance_scale, args.batch_size, [request["negative_prompt"] for request in asked], init_image, args.strength,
-        )  # fmt: skip
-        again = []
-        for (name, attempt), seed, picture in zip(pending, seeds, pictures, strict=True):
-            flags = quality.flags(picture)
-            if flags and attempt < args.reject:
-                again.append((name, attempt + 1))
-                continue
-            made = requests[name] | {
-                "noise_seed": seed, "attempts": attempt + 1, "flags": flags, "labels": labels[name], "versions": versions,
-            }  # fmt: skip
-            film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
-            keep(args.output_dir, name, encode_png(film, made), made)
-            bar.update()
-        pending = again
-    bar.close()
+    silent = not accelerator.is_main_process
+    with tqdm(total=len(pending), desc="generating", unit="image", disable=silent) as bar:
+        while pending:
+            asked = [requests[name] for name, _ in pending]
+            seeds = [noise_seed(requests[name], attempt) for name, attempt in pending]
+            pictures = sample_pictures(
+                pipeline, [request["prompt"] for request in asked], seeds, asked[0]["resolution"], args.num_inference_steps,
+                args.guidance_scale, args.batch_size, [request["negative_prompt"] for request in asked], init_image, args.strength,
+            )  # fmt: skip
+            again = []
+            for (name, attempt), seed, picture in zip(pending, seeds, pictures, strict=True):
+                flags = quality.flags(picture)
+                if flags and attempt < args.reject:
+                    again.append((name, attempt + 1))
+                    continue
+                made = requests[name] | {
+                    "noise_seed": seed, "attempts": attempt + 1, "flags": flags, "labels": labels[name], "versions": versions,
+                }  # fmt: skip
+                film = grey_levels(picture[None], args.bit_depth)[0].numpy().astype(f"uint{args.bit_depth}")
+                keep(args.output_dir, name, encode_png(film, made), made)
+                bar.update()
+            pending = again
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     prompts = [] if args.serve else gather_prompts(args)
-    claim_folder(args.output_dir)
+    check_files(args)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
     if accelerator.device.type == "cpu":
@@ -460,12 +471,13 @@ def main(args: argparse.Namespace) -> None:
     # The same as DICOM, from the images as they lie there
     if args.dicom:
         mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
-        for name in tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process):
-            film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
-            path = (output_dir / "dicom" / name).with_suffix(".dcm")
-            dicom = encode_dicom(film, made, args.burn_label)
-            with hold_record(output_dir):  # an equal command may be at the same film
-                write_bytes(path, dicom)
+        with tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process) as bar:
+            for name in bar:
+                film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
+                path = (output_dir / "dicom" / name).with_suffix(".dcm")
+                dicom = encode_dicom(film, made, args.burn_label)
+                with hold_record(output_dir):  # an equal command may be at the same film
+                    write_bytes(path, dicom)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return

@@ -3,10 +3,20 @@
 import errno
 import fcntl
 import hashlib
+import os
 
 import pytest
 
-from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
+from utils.files import (
+    append_jsonl,
+    canonical_json,
+    hold_lock,
+    read_jsonl,
+    require_writable,
+    sha256_file,
+    write_bytes,
+    write_jsonl,
+)
 
 
 def test_canonical_json_does_not_depend_on_key_order():
@@ -33,6 +43,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError):
         write_jsonl(tmp_path / "rows.jsonl", [{"a": float("inf")}])
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+
+
+def test_a_disk_that_fills_names_the_file(tmp_path, monkeypatch):
+    def fill(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    for write in (lambda path: write_bytes(path, b"new"), lambda path: append_jsonl(path, [{}])):
+        with pytest.raises(OSError, match="No space left on device: .*file"):
+            write(tmp_path / "file")
+
+
+def test_a_folder_is_tried_without_a_trace(tmp_path):
+    require_writable(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file/folder"):
+        require_writable(tmp_path / "file" / "folder")
 
 
 def test_rows_survive_writing_appending_and_reading(tmp_path):

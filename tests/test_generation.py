@@ -1,5 +1,6 @@
 """What generation is used for: augmentation studies, several adapters, films to begin at, data sets, kills, many processes."""
 
+import errno
 import shutil
 import time
 from dataclasses import replace
@@ -393,9 +394,44 @@ def test_adapters_that_cannot_be_used_are_refused_in_words(tiny_base: Path, tmp_
 def test_folders_and_disks_that_cannot_be_written_are_told_in_a_line(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    def said(*more: str, output: str = "out") -> str:
+        assert run(lambda _: make(tiny_base, tmp_path / output, *asking(PROMPTS[0]), *more), lambda: None) == 2
+        return capsys.readouterr().err
+
+    def fill(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a.png")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "keep", fill)
+        *_, last, end = said().split("\n")
+    assert last.endswith("cannot read or write a.png: No space left on device") and end == ""
+    assert "generating" not in last, "the bar has a line of its own"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        assert "the images needs 0.00 GB" in said(output="full")
+
+    # At the door: with a base that must not be loaded
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("loaded a base first"))
     (tmp_path / "file").write_text("")
-    assert run(lambda _: make(tiny_base, tmp_path / "file", *asking(PROMPTS[0])), lambda: None) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(Refused, match="the images needs 0.00 GB"):
-        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "lost.png", "text": "a film"}\n')
+    for command, message in (
+        ({"output": "file"}, f"cannot read or write {tmp_path}/file: Not a directory"),
+        ({"output": "file/below"}, "Not a directory"),
+        ({"output": "x" * 300}, "File name too long"),
+        (["--init_image", str(tmp_path / "file")], "no film that can be read"),
+        (["--reference", str(tmp_path)], "lost.png"),
+        *(([flag, "long prompt " * 40], "File name too long") for flag in ("--prompts_file", "--lora", "--reference")),
+    ):
+        told = said(**command) if isinstance(command, dict) else said(*command)
+        assert told.count("\n") == 1 and message in told
+
+
+def test_a_model_that_does_not_fit_into_memory_is_told_in_a_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_base(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(generate, "load_base", load_base)
+    with pytest.raises(Refused, match="out of memory while loading the model; .*--mixed_precision fp16"):
+        make(tiny_base, tmp_path, *asking(PROMPTS[0]))

@@ -36,7 +36,7 @@ def test_a_refusal_stays_a_line_that_can_be_read_whatever_it_names(capsys):
     assert "name xxx" in message and message.endswith("is too long; use a shorter one\n")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
 def test_a_disk_that_cannot_be_written_is_one_line_and_status_2(number, capsys):
     assert run(ending_in(OSError(number, "why", "where")), Namespace) == 2
     message = capsys.readouterr().err

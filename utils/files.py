@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +30,20 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Have what goes wrong meanwhile name a file: a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that its name only ever shows the old or the whole new content, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
+    with name_in_errors(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -48,6 +59,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def require_writable(folder: Path) -> None:
+    """Raise OSError where no file can be written into a folder, existing or not, and leave nothing behind."""
+    with name_in_errors(folder), tempfile.TemporaryFile(dir=nearest_existing(folder)) as file:
+        file.write(bytes(4096))
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse to begin what the disk cannot hold.
 
@@ -56,8 +78,7 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
         num_bytes: how much.
         what: that is written, such as "the latent cache".
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if num_bytes > free:
         raise Refused(
             f"{what} needs {num_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free; make room, or choose "
@@ -77,7 +98,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Append one JSON object a line and force them to the disk; a kill can tear the last line only."""
-    with open(path, "a", encoding="utf-8") as file:
+    with name_in_errors(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())

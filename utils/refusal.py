@@ -15,9 +15,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-# A full or read-only disk, a folder of somebody else's, a file where a folder should be
+# A full or read-only disk, a folder of somebody else's, a file where a folder should be, a text where a name should be
 UNUSABLE_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
 )  # fmt: skip
 
 
@@ -44,19 +45,19 @@ def run(main: Callable[[Namespace], int | None], parse_args: Callable[[], Namesp
     script = Path(sys.argv[0]).name
     try:
         return main(parse_args()) or 0
-    except Refused as refusal:
-        message = " ".join(str(refusal).split())
+    except (Refused, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in UNUSABLE_DISK:
+                raise
+            where = f" {error.filename}" if error.filename else ""
+            message = f"cannot read or write{where}: {error.strerror}"
+        message = " ".join(message.split())
         if len(message) > LONGEST:  # what to do about it stands at the end
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         print(f"{script}: {message}", file=sys.stderr)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it below its own traceback
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
-        return 2
-    except OSError as error:
-        if error.errno not in UNUSABLE_DISK:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"{script}: cannot write{where}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
