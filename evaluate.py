@@ -382,7 +382,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "features_note": space.note,
         "num_folds": config["num_folds"],
         "resolution": resolution,
-        "settings": {k: v for k, v in settings.items() if k not in ("fold", "training_data_hash")},
+        "settings": {k: v for k, v in settings.items() if k != "fold" and not k.endswith("_data_hash")},
         "versions": package_versions(),
         "terms": terms_of(config["base"], data_dir),
     } | summarise(scores, bank.patients, levels, args.seed)

@@ -632,6 +632,7 @@ def main(args: argparse.Namespace) -> int:
     rows = with_folds(read_metadata(data_dir, args.image_column, args.caption_column), group_by=args.group_by)
     training_rows, validation_rows, held_out_rows = split_fold(rows, args.fold, args.seed, group_by=args.group_by)
     set_hash, num_folds = dataset_hash(rows), len({row["fold"] for row in rows})
+    training_hash, validation_hash = dataset_hash(training_rows), dataset_hash(validation_rows)
     validation_rows = draw_rows(validation_rows, args.max_validation_samples, args.seed)
     if args.max_train_samples is not None:
         training_rows = draw_rows(training_rows, args.max_train_samples, args.seed)
@@ -687,7 +688,7 @@ def main(args: argparse.Namespace) -> int:
     adamw = choose_adamw(args.use_8bit_adam, device)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     settings |= {"mixed_precision": accelerator.mixed_precision, "use_8bit_adam": adamw is not torch.optim.AdamW}
-    settings |= {"training_data_hash": dataset_hash(training_rows + validation_rows)}
+    settings |= {"training_data_hash": training_hash, "validation_data_hash": validation_hash}
     settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type

@@ -188,6 +188,8 @@ def test_other_films_are_refused_in_words(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(Refused, match="other films or captions"):
         start(tmp_path, training_data_hash="other")
+    with pytest.raises(Refused, match="other patients set aside .* or by a version that did not record those"):
+        start(tmp_path, validation_data_hash="other")
 
 
 @pytest.mark.parametrize(("validated", "rows"), [(True, VALIDATIONS), (False, VALIDATIONS[:1])])

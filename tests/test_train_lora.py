@@ -22,9 +22,12 @@ from tests.training import read, train, watch_run
 from utils.checkpoint import BEST_NAME, TENSORS_NAME, checkpoint_steps, load_checkpoint
 from utils.export import save_kohya
 from utils.files import write_jsonl
+from utils.folds import split_fold
 from utils.lora import adapter_state, read_adapter
+from utils.metadata import read_metadata
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
+from utils.runlog import read_config, read_split
 
 
 def test_only_adapters_change(watched) -> None:
@@ -328,6 +331,26 @@ def test_held_out_films_change_nothing(tiny_base: Path, own_data: Path, tmp_path
     train(tiny_base, own_data, tmp_path / "other", *more)
     other = load_file(tmp_path / "other" / WEIGHTS_NAME)
     assert not all(torch.equal(before[name], other[name]) for name in before)
+
+
+def test_a_finding_that_moves_patients_into_validation_ends_resume_and_evaluation(
+    tiny_base: Path, own_data: Path, tmp_path: Path
+) -> None:
+    """The films are the same, but some that were trained on would validate."""
+    run, more = tmp_path / "run", ("--max_train_steps", "1", "--shuffle_captions", "--max_train_samples", "9")
+    train(tiny_base, own_data, run, *more)
+    config, before = read_config(run), read_metadata(own_data)
+    read_split(config, run, own_data)
+    rows = [row | ({"findings": ["edema"]} if row["patient_id"] == "p16" else {}) for row in before]
+    trained, validates = split_fold(before, 0, 0)[0], split_fold(rows, 0, 0)[1]
+    assert {row["file_name"] for row in trained} & {row["file_name"] for row in validates}
+    write_jsonl(own_data / "metadata.jsonl", rows)
+    with pytest.raises(Refused, match="other patients set aside for validation"):
+        train(tiny_base, own_data, run, *more)
+    with pytest.raises(Refused, match="other patients set aside for validation"):
+        read_split(config, run, own_data)
+    del config["settings"]["validation_data_hash"]  # a run of an earlier version is evaluated as it was
+    read_split(config, run, own_data)
 
 
 def test_shuffled_captions_are_learnt_and_true_ones_validate(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:

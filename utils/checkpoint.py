@@ -183,10 +183,12 @@ def find_start(
             raise Refused(f"no checkpoint {wanted} in {run}, which has those of steps {steps or 'none'}")
         state, tensors = load_checkpoint(folder)
     state["validations"] = recorded_validations(run, state)
-    if state["settings"].get("training_data_hash") != settings.get("training_data_hash"):
+    parts = ("training_data_hash", "validation_data_hash")
+    if [state["settings"].get(part) for part in parts] != [settings.get(part) for part in parts]:
         raise Refused(
-            f"{folder} was made with other films or captions than the training folder holds now; choose another "
-            "--output_dir, or start afresh with --resume_from_checkpoint none"
+            f"{folder} was made with other films or captions than the training folder holds now, with other patients set "
+            "aside for validation (a changed finding moves some), or by a version that did not record those; choose "
+            "another --output_dir, or start afresh with --resume_from_checkpoint none"
         )
     if changed := differences(state["settings"], settings):
         raise Refused(

@@ -63,6 +63,12 @@ def read_split(config: dict, run_dir: Path, data_dir: Path) -> tuple[list[dict],
     if dataset_hash(rows) != config["data_hash"]:
         raise Refused(f"{data_dir} is not the data that {run_dir} was trained on; its fold may hold training films")
     training, _, held_out = split_fold(rows, config["fold"], settings["seed"], group_by=settings["group_by"])
+    # Findings, which decide whom validation has, are not in the hash of the set; earlier versions recorded no split
+    if "validation_data_hash" in settings and dataset_hash(training) != settings["training_data_hash"]:
+        raise Refused(
+            f"{data_dir} has the films that {run_dir} was trained on, but other patients set aside for validation; put "
+            "its findings and groups back as they were"
+        )
     return rows, training, held_out
 
 
