@@ -80,7 +80,7 @@ from utils.hardware import (
     xformers_problem,
 )
 from utils.hub import push
-from utils.interrupt import LeaveRequest
+from utils.interrupt import LeaveRequest, explain_lost_process
 from utils.latents import (
     FilmDataset,
     TrainingStream,
@@ -620,6 +620,7 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
         ema.restore(parameters)
 
 
+@explain_lost_process()
 @explain_out_of_memory(
     "training",
     "add --auto_batch_size (the same run in smaller micro-steps), --gradient_checkpointing, or lower --resolution",

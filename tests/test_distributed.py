@@ -11,7 +11,9 @@ from PIL import Image
 
 from tests.conftest import HANG_S, ROOT
 from tests.processes import Processes, free_port
-from tests.training import flags, read, start
+from tests.training import flags, kill, read, start, wait_for_checkpoint
+from utils.interrupt import explain_lost_process
+from utils.release import WEIGHTS_NAME
 
 
 def start_machine(rank: int, port: int, args: list[str], log: Path) -> subprocess.Popen:
@@ -54,6 +56,35 @@ def test_two_machines_encode_train_validate_and_draw_as_one_process(
         np.testing.assert_allclose(*map(np.load, paths), atol=1e-6)
     sheets = [np.asarray(Image.open(run / "samples" / "step-000012.png")).astype(int) for run in (one, two)]
     assert np.abs(sheets[1] - sheets[0]).max() <= 1
+
+
+def test_a_machine_that_is_killed_ends_the_job_with_a_line_and_the_same_commands_go_on(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    def args(run: str) -> list[str]:
+        more = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--train_batch_size", "2"]
+        return flags(tiny_base, tiny_data, tmp_path / run, *more)
+
+    output, port = tmp_path / "output.txt", free_port()
+    assert Processes("train_lora.py", args("unbroken"), output, num_processes=2).wait(HANG_S) == 0, output.read_text()
+    machines = [start_machine(rank, port, args("broken"), tmp_path / f"output{rank}.txt") for rank in range(2)]
+    wait_for_checkpoint(machines[1], tmp_path / "broken")
+    kill(machines[1])
+    assert machines[0].wait(HANG_S) != 0
+    said = (tmp_path / "output0.txt").read_text()
+    assert said.count("train_lora.py: another process has gone (") == 1, said
+    assert "RuntimeError" not in said
+    port = free_port()
+    machines = [start_machine(rank, port, args("broken"), output) for rank in range(2)]
+    assert [machine.wait(HANG_S) for machine in machines] == [0, 0], output.read_text()
+    assert "going on from" in output.read_text()
+    for name in (WEIGHTS_NAME, "log.jsonl", "validation.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+
+
+def test_other_errors_are_not_taken_for_a_lost_process() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explain_lost_process():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x2 and 4x2)")
 
 
 def test_a_film_that_one_process_cannot_read_ends_the_job_with_its_name(

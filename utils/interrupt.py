@@ -1,5 +1,9 @@
-"""SIGTERM and ^C as a wish to leave: after the step that runs, with a checkpoint, on all processes at once."""
+"""SIGTERM and ^C as a wish to leave: after the step that runs, with a checkpoint, on all processes at once.
 
+And what one process says when another has left without a word.
+"""
+
+import re
 import signal
 import threading
 import time
@@ -10,7 +14,26 @@ from types import FrameType
 import torch
 import torch.distributed
 
+from utils.refusal import Refused
+
 GRACE = 2.0  # seconds in which a second signal is taken for the first: launchers pass on what the terminal sends, too
+# What gloo, NCCL and the store of addresses say when the other end of a connection is gone
+LOST = re.compile("gloo/transport|ncclRemoteError|Connection (was likely )?closed|Connection reset|Broken pipe")
+
+
+@contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Refuse in one line to go on where the connection to another process is lost. Serves as a decorator, too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error)).split(". ")[0]  # without the line of gloo's source
+        raise Refused(
+            f"another process has gone ({' '.join(reason.split())[:160]}); where it did not say why, it was killed: the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
 class LeaveRequest:
