@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, newest kept, and refused where they do not fit. Hermetic."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,33 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
     assert checkpoint_steps(tmp_path) == [2, 3]
     prune_checkpoints(tmp_path, keep=0)  # keeps all
     assert checkpoint_steps(tmp_path) == [2, 3]
+
+
+def test_what_is_deleted_is_emptied_first_but_not_what_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drive's trash counts. Nor is a checkpoint whole that a kill left half emptied."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    old, backup = tmp_path / "checkpoint-1", tmp_path / "backup.json"
+    backup.hardlink_to(old / "state.json")
+    (old / "linked").symlink_to(tmp_path / "checkpoint-2" / "training_state.pt")
+    trash, emptied, truncate = {}, [], os.truncate
+
+    def note(path: Path, length: int) -> None:
+        emptied.append(path.name)
+        truncate(path, length)
+
+    monkeypatch.setattr(os, "truncate", note)
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda folder: trash.update({p.name: p.read_bytes() for p in folder.iterdir()})
+    )
+    (old / "best_adapter.safetensors").write_bytes(b"best")
+    prune_checkpoints(tmp_path, keep=1)
+    assert emptied == ["training_state.pt", "best_adapter.safetensors"]
+    assert trash["training_state.pt"] == trash["best_adapter.safetensors"] == b""
+    assert json.loads(backup.read_text())["step"] == 1
+    assert load_checkpoint(tmp_path / "checkpoint-2")[0]["step"] == 2
 
 
 def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after(tmp_path: Path) -> None:

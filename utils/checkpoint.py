@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 
 import torch
@@ -101,7 +103,19 @@ def adapter_step(path: Path) -> int | None:
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints; 0 keeps all."""
     for step in checkpoint_steps(run)[:-keep] if keep > 0 else []:
-        shutil.rmtree(run / f"checkpoint-{step}")
+        delete_checkpoint(run / f"checkpoint-{step}")
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, emptied first: what is deleted in a mounted Drive lies in its trash and counts as used.
+
+    A file with another name elsewhere (a hard or a symbolic link, as backups have them) is not emptied.
+    """
+    for path in sorted(folder.iterdir(), reverse=True):  # the tensors first: what a kill leaves is no whole checkpoint
+        entry = path.lstat()
+        if stat.S_ISREG(entry.st_mode) and entry.st_nlink == 1:
+            os.truncate(path, 0)
+    shutil.rmtree(folder)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict, dict]:
@@ -236,7 +250,7 @@ def forget_after(run: Path, step: int, validations: list[dict]) -> None:
     """
     for later in checkpoint_steps(run):
         if later > step:
-            shutil.rmtree(run / f"checkpoint-{later}")
+            delete_checkpoint(run / f"checkpoint-{later}")
     for partial in run.glob("checkpoint-*.tmp"):
         shutil.rmtree(partial)
     cut_back(run / "log.jsonl", step)
