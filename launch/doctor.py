@@ -3,6 +3,7 @@
     python launch/doctor.py              # exit status 1 where something has to be mended first
     python launch/doctor.py --command    # nothing but the command that trains on this machine: for a cell of a notebook
     python launch/doctor.py --command --run out/fold2    # the same, in the precision that this run began in
+    python launch/doctor.py -- --pretrained_model_name_or_path assets/cxr-tiny    # where train_lora.py will get that
 
 It starts without any package, so that it can say which ones are missing.
 """
@@ -69,6 +70,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--command", action="store_true", help="print the command that trains here, and nothing else")
     add("--no_launcher", action="store_true", help="for one GPU, by python itself: it gets the signals of a scheduler")
     add("--run", type=Path, help="a run's folder: where it began in another precision, on another card, go on in that")
+    add(
+        "training",
+        nargs="*",
+        metavar="FLAG",
+        help="after --: what train_lora.py will get, for the base named there",
+    )
     return parser.parse_args(argv)
 
 
@@ -82,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
     findings = []
-    for finding in examine():
+    for finding in examine(named_base(args.training)):
         print(finding, flush=True)
         findings.append(finding)
     if fatal := [finding.what for finding in findings if finding.fatal]:
@@ -92,8 +99,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine() -> Iterator[Finding]:
-    """Yield what there is to say, what others depend on first; what cannot be looked at without it is left out."""
+def named_base(flags: Sequence[str]) -> str | None:
+    """Return the base that flags of train_lora.py name, None where they leave it to the script."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pretrained_model_name_or_path")
+    return parser.parse_known_args(flags)[0].pretrained_model_name_or_path
+
+
+def examine(named: str | None = None) -> Iterator[Finding]:
+    """Yield what there is to say, what others depend on first; what cannot be looked at without it is left out.
+
+    Args:
+        named: the base that is to be trained, None for the default of this machine.
+    """
     packages = list(check_packages((ROOT / "requirements.txt").read_text().splitlines()))
     yield from packages
     if any(finding.fatal for finding in packages):
@@ -118,10 +136,11 @@ def examine() -> Iterator[Finding]:
     yield from check_cards(cards)
     yield from check_kernels()
     yield check_memory()
-    base = utils.pipeline.default_base()
+    base = utils.pipeline.canonical_name(named or utils.pipeline.default_base())
     yield check_hub(base)
     yield check_disk(ROOT, 0 if is_here(base) else BASE_BYTES)
-    yield Finding("base", f"{base}, {'as there is a GPU' if cards else 'without a GPU'}, where you name no other")
+    why = f"{'as there is a GPU' if cards else 'without a GPU'}, where you name no other"
+    yield Finding("base", f"{base}, {'as you name it' if named else why}")
 
 
 def check_packages(requirements: Iterable[str]) -> Iterator[Finding]:
@@ -254,16 +273,22 @@ def check_disk(folder: Path, needed: float) -> Finding:
 
 
 def is_here(base: str) -> bool:
-    """Return whether a base needs no hub: the bundled one, or one that the hub's cache holds."""
+    """Return whether a base needs no hub: a folder, or one whose UNet, fetched last, is in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     from utils.pipeline import BUNDLED_BASE
 
-    return base == BUNDLED_BASE or isinstance(try_to_load_from_cache(base, "unet/config.json"), str)
+    if base == BUNDLED_BASE or Path(base).is_dir():
+        return True
+    try:
+        config = try_to_load_from_cache(base, "unet/config.json")  # which comes before the weights
+    except ValueError:  # neither a folder nor the name of a repository: train_lora.py says so
+        return False
+    return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
 
 
 def check_hub(base: str) -> Finding:
-    """Say whether the hub can be reached, and whether the default base needs it."""
+    """Say whether the hub can be reached, and whether the base needs it."""
     from huggingface_hub import HfApi, get_token
 
     from utils.hub import HUB_ERRORS

@@ -148,12 +148,15 @@ def test_a_card_that_something_else_fills_is_said(monkeypatch: pytest.MonkeyPatc
     assert "22.2 GiB, 1.0 free" in finding.found and not finding.fatal and "end what else" in finding.mend
 
 
-def test_without_the_hub_the_bundled_base_still_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_a_base_that_is_here_still_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     assert doctor.check_hub(BUNDLED_BASE).mend is None
     finding = doctor.check_hub(STABLE_DIFFUSION)
     assert finding.fatal and "not reached" in finding.found and BUNDLED_BASE in finding.mend
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: "/cache/unet/config.json")
+    assert doctor.check_hub(str(tmp_path)).mend is None and not doctor.is_here(str(tmp_path / "nowhere"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: str(tmp_path / "config.json"))
+    assert not doctor.is_here(STABLE_DIFFUSION), "cut off before its weights"
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()
     assert doctor.check_hub(STABLE_DIFFUSION).mend is None and doctor.is_here(STABLE_DIFFUSION)
 
 
@@ -192,6 +195,12 @@ def test_the_screen_ends_in_the_command_or_in_what_is_broken(
     assert len(screen.splitlines()) < 24
     assert doctor.main(doctor.parse_args(["--command"])) == 0
     assert capsys.readouterr().out == training_command([]) + "\n"
+    monkeypatch.setattr(doctor, "check_hub", lambda base: doctor.Finding("hub", f"asked for {base}"))
+    monkeypatch.setattr("utils.pipeline.default_base", lambda: STABLE_DIFFUSION)  # as on a GPU
+    for named in (BUNDLED_BASE, str(ROOT / BUNDLED_BASE)):
+        flags = ["--", "--rank", "2", "--pretrained_model_name_or_path", named]
+        assert doctor.main(doctor.parse_args(flags)) == 0
+        assert f"asked for {BUNDLED_BASE}\n" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(Refused, match="pip install -r requirements.txt"):
