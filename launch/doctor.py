@@ -289,17 +289,14 @@ def is_here(base: str) -> bool:
 
 def check_hub(base: str) -> Finding:
     """Say whether the hub can be reached, and whether the base needs it."""
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
 
-    from utils.hub import HUB_ERRORS
-    from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
+    from utils.hub import why_unreachable
+    from utils.pipeline import BUNDLED_BASE
 
     account = "a token is there" if get_token() else "no token: hf auth login, for --push_to_hub and gated models"
-    try:
-        HfApi().model_info(STABLE_DIFFUSION, timeout=5)
-    except HUB_ERRORS as error:
-        reason = " ".join(str(error).split())[:120]
-    else:
+    reason = why_unreachable()
+    if reason is None:
         return Finding("hub", f"reached ({account})")
     found = f"not reached ({reason})"
     if is_here(base):

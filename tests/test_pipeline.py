@@ -1,10 +1,21 @@
-"""What a base model is taken to predict, and in which noise schedule. Hermetic."""
+"""Where a base model comes from, what it is taken to predict, and in which noise schedule. Hermetic."""
 
 import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
-from tests.conftest import build_base
-from utils.pipeline import assemble, load_base, with_schedule
+import huggingface_hub
+import pytest
+
+from tests.conftest import ROOT, build_base
+from utils.pipeline import STABLE_DIFFUSION, assemble, load_base, with_schedule
+from utils.refusal import run
 
 NAMED = {
     "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -24,3 +35,54 @@ def test_a_schedule_is_changed_also_in_what_the_bases_own_file_does_not_name(tmp
         assert scheduler.config.timestep_spacing == "trailing"
         assert scheduler.config.beta_schedule == "scaled_linear"
         assert scheduler.alphas_cumprod[-1] == 0
+
+
+@pytest.fixture
+def dead_hub() -> Iterator[SimpleNamespace]:
+    """An address that hangs up on whoever calls, and counts the calls."""
+    hub = SimpleNamespace(calls=0)
+
+    def hang_up() -> None:
+        while True:
+            try:
+                server.accept()[0].close()
+            except OSError:
+                return
+            hub.calls += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub.address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(target=hang_up, daemon=True).start()
+        yield hub
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_unreachable_hub_is_asked_once_and_told_in_a_line(
+    dead_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead_hub.address)
+    assert run(lambda _: load_base(STABLE_DIFFUSION, cache_dir=str(tmp_path)), lambda: None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the hub is not reached" in line and "assets/cxr-tiny" in line
+    assert dead_hub.calls == 1
+
+
+def test_the_hubs_library_tells_no_retries() -> None:
+    """Asked of a fresh process, as its own import sets the level."""
+    code = "import utils.quiet, huggingface_hub.utils.logging as said; print(said.get_verbosity() == said.ERROR)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "True\n"
+
+
+def test_a_base_in_the_cache_needs_no_hub(
+    dead_hub: SimpleNamespace, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node of a cluster, whose login node had it downloaded."""
+    cached = tmp_path / "models--someone--base"
+    shutil.copytree(tiny_base, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead_hub.address)
+    with pytest.warns(UserWarning, match="the hub is not reached .*: someone/base is taken from its cache"):
+        base = load_base("someone/base", cache_dir=str(tmp_path))
+    assert (base.name, base.resolution) == ("someone/base", 64)
+    assert dead_hub.calls == 1

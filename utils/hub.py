@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HTTPError
 
 from utils.card import public_config
@@ -23,6 +23,18 @@ UPLOADED = [
     "curves.png",
     "samples/step-*.png",
 ]
+
+
+def why_unreachable() -> str | None:
+    """Return why the hub, or the mirror that HF_ENDPOINT names, does not answer within 5 s, None where it does.
+
+    Asked once: the loaders of models ask again and again, for minutes, before they take what the cache holds.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except HUB_ERRORS as error:
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def push(run_dir: Path, repository: str | None, token: str | None) -> str:

@@ -1,5 +1,6 @@
 """Base models in, films out: loading a Stable Diffusion, an adapter on top, and sampling from both."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +22,13 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from utils.hardware import is_cuda_used
+from utils.hub import HUB_ERRORS, why_unreachable
 from utils.images import grey_levels
 from utils.refusal import Refused
 from utils.tokens import fit_captions
@@ -101,6 +104,15 @@ def load_base(
     location = Path(name)
     if name == BUNDLED_BASE:
         location = ROOT / BUNDLED_BASE
+    if not location.is_dir() and (unreachable := why_unreachable()):
+        try:
+            location = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        except HUB_ERRORS as error:
+            raise Refused(
+                f"base model {name} is no folder here, the hub is not reached ({unreachable}), and its cache does not hold "
+                f"it; try again online, or use the bundled one: --pretrained_model_name_or_path {BUNDLED_BASE}"
+            ) from error
+        warnings.warn(f"the hub is not reached ({unreachable}): {name} is taken from its cache", stacklevel=2)
     if location.is_dir():
         _check_folder(location, variant)
     where = str(location) if location.is_dir() else name

@@ -12,6 +12,7 @@ import logging
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its import sets the level of its logger
 os.environ["MPLBACKEND"] = "agg"
-for library in ("bitsandbytes", "huggingface_hub", "xformers"):
+for library in ("bitsandbytes", "xformers"):
     logging.getLogger(library).setLevel(logging.ERROR)
