@@ -96,7 +96,7 @@ from utils.figures import (
     summarise_decoder,
     summarise_groups,
 )
-from utils.files import sha256_file, write_bytes, write_json, write_jsonl
+from utils.files import require_writable, sha256_file, write_bytes, write_json, write_jsonl
 from utils.findings import (
     calibrate,
     choose_prompts,
@@ -114,6 +114,7 @@ from utils.lora import find_adapter, read_adapter
 from utils.metrics import bootstrap_interval, in_batches, num_scales
 from utils.pages import report_fold, report_folds, write_fold_page, write_folds_page
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
+from utils.prompts import MAX_SEED
 from utils.realism import compare_halves, compare_sets, distances_by_group, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_folds, draw_noise_levels, save_png
@@ -183,9 +184,9 @@ def main(args: argparse.Namespace) -> None:
         raise Refused(f"{given} given; expected either --lora out/fold2 or --cross_validation out")
     if args.against is not None and args.cross_validation is None:
         raise Refused("--against compares cross-validations; expected --cross_validation out --against other")
-    if args.seed < 0 or not math.isfinite(args.guidance_scale):
+    if not 0 <= args.seed <= MAX_SEED or not math.isfinite(args.guidance_scale):
         raise Refused(
-            f"--seed {args.seed} --guidance_scale {args.guidance_scale}; expected a seed from 0 on, a finite scale"
+            f"--seed {args.seed} --guidance_scale {args.guidance_scale}; expected a seed from 0 to {MAX_SEED}, a finite scale"
         )
     for name in ("max_films", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -210,6 +211,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     decoder_file = None if args.no_vae_decoder else find_decoder(run_dir)
     decoder, decoder_header = read_decoder(decoder_file) if decoder_file else ({}, {})
     data_dir = films_of_run(config, args.train_data_dir)
+    require_writable(output_dir)
 
     # The fold that was held out, and the training films that floors are fitted on
     rows, training_rows, held_out_rows = read_split(config, run_dir, data_dir)
@@ -807,6 +809,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None) -> None:
     """Put the evaluations of all folds into one table: mean and spread over folds, and pooled over films."""
     folds, films_by_fold, folders = read_folds(out)
+    require_writable(output_dir)
     numbers = [fold["fold"] for fold in folds]
     films = [row for rows in films_by_fold for row in rows]
     patients = [row["patient_id"] for row in films]

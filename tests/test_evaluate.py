@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import evaluate
-from tests.conftest import build_data
+from tests.conftest import ROOT, build_data
 from tests.training import train
 from utils import validation
 from utils.decoder import decoder_state
@@ -367,9 +367,10 @@ def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: P
         path.write_text(path.read_text().replace('"resolution": 64', '"resolution": 128'))
     with pytest.raises(Refused, match="differ in resolution"):
         measure("--cross_validation", runs, "--against", worse)
-    figures.with_name("features.safetensors").unlink()
-    with pytest.raises(Refused, match="fold0/evaluation is of an earlier version or not whole"):
-        measure("--cross_validation", worse)
+    for name in ("films.jsonl", "features.safetensors"):
+        figures.with_name(name).unlink()
+        with pytest.raises(Refused, match="fold0/evaluation is not whole"):
+            measure("--cross_validation", worse)
 
 
 def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Path) -> None:
@@ -386,6 +387,21 @@ def test_folds_that_do_not_belong_together_are_refused(runs: Path, tmp_path: Pat
     path.write_text(path.read_text().replace('"guidance_scale": 7.5', '"guidance_scale": 4.0'))
     with pytest.raises(Refused, match="fold0/evaluation is of another adapter"):
         measure("--cross_validation", out)
+    for half in ("{", "[3]"):
+        path.write_text(half)
+        with pytest.raises(Refused, match=r"fold1/evaluation/metrics\.json cannot be read .*evaluate that fold again"):
+            measure("--cross_validation", out)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_base(*args) -> None:
+        raise AssertionError("weights load before the door is passed")
+
+    monkeypatch.setattr(evaluate, "load_base", load_base)
+    with pytest.raises((Refused, OSError), match=r"config\.json"):
+        measure("--lora", runs / "fold0", "--output_dir", runs / "fold0" / "config.json")
 
 
 def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -540,7 +556,9 @@ def test_other_data_than_trained_on_is_refused(tiny_base: Path, own_data: Path, 
         (["--lora", "a", "--cross_validation", "b"], "both"),
         (["--lora", "a", "--against", "b"], "--against compares"),
         (["--lora", "a", "--seed", "-1"], "--seed -1"),
+        (["--lora", "a", "--seed", str(2**64)], f"--seed {2**64}"),
         (["--lora", "/nowhere"], "no training run at"),
+        (["--lora", str(ROOT / "assets" / "cxr-tiny" / "unet")], "not that of a training run"),
         (["--cross_validation", "/nowhere"], "0 evaluated folds"),
         (["--lora", "/nowhere", "--batch_size", "0"], "--batch_size 0"),
     ],

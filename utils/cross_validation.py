@@ -31,7 +31,12 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
         raise Refused(
             f"{len(evaluations)} evaluated folds in {out}; expected two or more: python evaluate.py --lora {out}/fold0"
         )
-    folds = [json.loads(path.read_text(encoding="utf-8")) for path in evaluations]
+    for path in evaluations:
+        if not all(
+            path.with_name(name).is_file() for name in ("films.jsonl", "features.safetensors", "readings.jsonl")
+        ):
+            raise Refused(f"{path.parent} is not whole; evaluate that fold again")
+    folds = [_read_figures(path) for path in evaluations]
     for name in ("base", "data_hash", "resolution", "settings", "sampling", "mixed_precision", "seed", "features"):
         if len({json.dumps(fold.get(name), sort_keys=True) for fold in folds}) > 1:
             raise Refused(f"the folds in {out} differ in {name}; evaluate them alike before they are averaged")
@@ -40,9 +45,8 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
             file = path.parents[1] / name
             if part in fold and file.is_file() and sha256_file(file) != fold[part]["sha256"]:
                 raise Refused(f"{path.parent} is of another {part} than the one beside it; evaluate that fold again")
-        whole = all(path.with_name(name).is_file() for name in ("features.safetensors", "readings.jsonl"))
-        if "terms" not in fold or not whole:
-            raise Refused(f"{path.parent} is of an earlier version or not whole; evaluate that fold again")
+        if "terms" not in fold:
+            raise Refused(f"{path.parent} is of an earlier version; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
     if len({frozenset(row) for row in films}) > 1:
@@ -53,6 +57,13 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
         numbers = [fold["fold"] for fold in folds]
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
     return folds, films_by_fold, [path.parent for path in evaluations]
+
+
+def _read_figures(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{path} cannot be read ({error}); evaluate that fold again") from error
 
 
 def read_readings(folders: Sequence[Path]) -> list[dict]:

@@ -30,9 +30,12 @@ def read_config(run_dir: Path) -> dict:
     if not config.is_file():
         raise Refused(f"no training run at {run_dir} ({config} is missing); expected a folder such as out/fold2")
     try:
-        return json.loads(config.read_text(encoding="utf-8"))
+        record = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Refused(f"{config} is damaged ({error}); train again, or restore it") from error
+    if not isinstance(record, dict) or not {"settings", "base", "fold"} <= record.keys():
+        raise Refused(f"{config} is not that of a training run of this project; expected a folder such as out/fold2")
+    return record
 
 
 def films_of_run(config: dict, given: Path | None) -> Path:
