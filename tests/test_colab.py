@@ -175,6 +175,10 @@ def test_a_cell_that_fails_says_why_and_stops_those_below(
             with pytest.raises(CellExecutionError, match=reason):
                 client.execute_cell(cell, place)
         (home / "films.txt").write_text("--source demo")
+        (home / "films.tar").write_text("half of one")
+        with pytest.raises(CellExecutionError):
+            client.execute_cell(films[1], films[0])
+        assert "films.tar was not unpacked: if it is not whole, delete it" in said(films[1])
         data = tmp_path / "machine" / "checkout" / "data"  # left by another HOME
         data.mkdir()
         (data / "dataset.json").write_text("others")
