@@ -119,7 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--own_noise",
         action="store_true",
-        help="other noise for every image of the command, not the same for each prompt",
+        help="other noise for every image of the command, not the same for each prompt; equal prompts are drawn each",
     )
     add("--init_image", type=Path, help="begin at this film (PNG, JPEG, DICOM) with noise added, not at noise")
     add("--strength", type=float, default=0.5, help="how much noise, in (0, 1]; 1 leaves next to nothing of it [0.5]")
@@ -223,8 +223,8 @@ def check_files(args: argparse.Namespace) -> None:
     read_init_image(args, SLICED_FROM)  # at any side: the base's own is known later
 
 
-def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Return all that the command line asks for: its own prompts, those of a file, of a grid, of a held-out fold."""
+def gather_prompts(args: argparse.Namespace) -> tuple[list[Prompt], int]:
+    """Return all that the command line asks for, its own prompts, those of a file, of a grid, of a held-out fold; and how many were given."""
     prompts = typed_prompts(args.prompt)
     if args.prompts_file is not None:
         prompts += read_prompts(args.prompts_file)
@@ -232,7 +232,8 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
         prompts += grid_prompts(args.grid)
     if args.from_fold:
         prompts += held_out_prompts(args.lora[0], args.train_data_dir)
-    return check_prompts(replace(prompt, negative=prompt.negative or args.negative_prompt) for prompt in prompts)
+    prompts = [replace(prompt, negative=prompt.negative or args.negative_prompt) for prompt in prompts]
+    return check_prompts(prompts, args.own_noise), len(prompts)
 
 
 def typed_prompts(texts: Sequence[str]) -> list[Prompt]:
@@ -432,7 +433,7 @@ def draw(
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
-    prompts = [] if args.serve else gather_prompts(args)
+    prompts, num_given = ([], 0) if args.serve else gather_prompts(args)
     check_files(args)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
@@ -442,6 +443,8 @@ def main(args: argparse.Namespace) -> None:
     if args.serve:
         serve(args, accelerator)
         return
+    if len(prompts) < num_given and accelerator.is_main_process:
+        print(f"{len(prompts)} different prompts of {num_given}; equal ones are drawn once")
 
     # The base with the adapters in it, what looks at its films, and where they begin
     pipeline, model, quality = load_model(args, accelerator)

@@ -112,10 +112,19 @@ def test_bases_of_one_name_are_told_apart_by_their_files(tiny_base: Path, tmp_pa
     assert not any(b"jane.doe" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
-def test_prompts_come_from_a_file_too(tiny_base: Path, tmp_path: Path) -> None:
+def test_prompts_come_from_a_file_too_and_equal_ones_are_drawn_once_unless_their_noise_differs(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", PROMPTS[0]]))
-    rows = make(tiny_base, tmp_path / "out", "--prompts_file", str(tmp_path / "prompts.txt"))
+    asked = ["--prompts_file", str(tmp_path / "prompts.txt")]
+    rows = make(tiny_base, tmp_path / "out", *asked)
     assert [row["prompt"] for row in rows] == list(PROMPTS)
+    assert "2 different prompts of 3;" in capsys.readouterr().out
+    own = make(tiny_base, tmp_path / "own", *asked, "--own_noise")
+    assert [(row["prompt"], row["seed"]) for row in own] == [(PROMPTS[0], 0), (PROMPTS[1], 1), (PROMPTS[0], 2)]
+    assert "different prompts of" not in capsys.readouterr().out
+    assert make(tiny_base, tmp_path / "own", *asked, "--own_noise") == own
+    assert "0 new of 3 images" in capsys.readouterr().out
 
 
 def test_the_decoder_beside_an_adapter_is_used_named_and_switched_off(

@@ -110,3 +110,20 @@ def test_each_prompt_is_drawn_once_and_documents_are_refused() -> None:
     with pytest.raises(Refused, match="seed 18446744073709551616"):
         check_prompts([Prompt("film", seed=2**64)])
     assert check_prompts([Prompt("word " * MOST_WORDS)])
+
+
+def test_equal_prompts_share_what_is_known_of_them_and_what_was_held_out_stays_so() -> None:
+    typed, in_grid = Prompt("a"), Prompt("a", labels={"sex": "M", "age": 1})
+    held_out = Prompt("a", labels={"age": 2, "held_out": True})
+    assert [prompt.labels for prompt in check_prompts([typed, in_grid])] == [in_grid.labels]
+    seeded, away, other = Prompt("a", seed=1, labels={"view": "PA"}), Prompt("a", negative="b"), Prompt("b")
+    labels = [prompt.labels for prompt in check_prompts([typed, seeded, away, other, in_grid, held_out])]
+    assert labels == [in_grid.labels | {"held_out": True}, {"view": "PA", "held_out": True}, {"held_out": True}, {}]
+    own = [prompt.labels for prompt in check_prompts([typed, in_grid, held_out], own_noise=True)]
+    assert own == [{"held_out": True}, in_grid.labels | {"held_out": True}, held_out.labels]
+
+
+def test_with_noise_of_their_own_equal_prompts_are_different_images() -> None:
+    prompts = [Prompt("a"), Prompt("b"), Prompt("a"), Prompt("a", seed=1), Prompt("a", seed=1)]
+    assert check_prompts(prompts, own_noise=True) == prompts[:4]
+    assert check_prompts(prompts) == [prompts[0], prompts[1], prompts[3]]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils.captions import VIEW_NAMES, caption
@@ -140,16 +140,29 @@ def axis_value(name: str, word: str) -> str | int | list[str]:
     return word.upper()
 
 
-def check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return the prompts, each once.
+def check_prompts(prompts: Iterable[Prompt], own_noise: bool = False) -> list[Prompt]:
+    """Return the prompts, each once, with all that is known of it; where two differ, the first holds.
+
+    Text that is a caption of a held-out fold is one in every prompt that has it.
+
+    Args:
+        prompts: as they were given.
+        own_noise: every image has other noise, so that equal prompts without a seed are different images: all are kept.
 
     Raises:
         Refused: where there is none, and for one that is no caption but a document.
     """
-    kept = list(dict.fromkeys(prompts))
+    kept: dict[tuple, Prompt] = {}
+    held_out = set()
+    for number, prompt in enumerate(prompts):
+        key = (prompt, number if own_noise and prompt.seed is None else None)
+        first = kept.setdefault(key, prompt)
+        kept[key] = replace(first, labels=prompt.labels | first.labels)
+        if prompt.labels.get("held_out"):
+            held_out.add(prompt.text)
     if not kept:
         raise Refused('no prompt; expected --prompt "PA chest radiograph of a 60-year-old man. Cardiomegaly."')
-    for prompt in kept:
+    for prompt in kept.values():
         try:
             (prompt.text + prompt.negative).encode()
         except UnicodeEncodeError as error:
@@ -162,4 +175,5 @@ def check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
                 f"a prompt of {words} words, which begins {prompt.text[:40]!r}; expected at most {MOST_WORDS}: a text "
                 "encoder reads some fifty"
             )
-    return kept
+    marks = {text: {"held_out": True} for text in held_out}
+    return [replace(prompt, labels=prompt.labels | marks.get(prompt.text, {})) for prompt in kept.values()]
