@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from transformers import CLIPTextModel
 
 from tests.conftest import ROOT, build_base
 from utils.pipeline import STABLE_DIFFUSION, assemble, load_base, with_schedule
-from utils.refusal import run
+from utils.refusal import Refused, run
 
 NAMED = {
     "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -86,3 +87,30 @@ def test_a_base_in_the_cache_needs_no_hub(
         base = load_base("someone/base", cache_dir=str(tmp_path))
     assert (base.name, base.resolution) == ("someone/base", 64)
     assert dead_hub.calls == 1
+
+
+@pytest.fixture
+def own_base(tiny_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
+        ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000"),
+        ("unet", {"class_embed_type": "projection"}, "class_embed_type projection"),
+        ("unet", {"in_channels": 9}, "9 channels in and 4 out where its autoencoder has 4"),
+        ("unet", {"out_channels": 8}, "4 channels in and 8 out where its autoencoder has 4"),
+        ("vae", {"latent_channels": 16}, "4 channels in and 4 out where its autoencoder has 16"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim 64 where its text encoder has 32"),
+    ],
+)
+def test_a_base_of_another_kind_is_refused_before_its_weights_load(
+    own_base: Path, part: str, change: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = own_base / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(Refused, match=said):
+        load_base(str(own_base))

@@ -25,7 +25,7 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from utils.hardware import is_cuda_used
 from utils.hub import HUB_ERRORS, why_unreachable
@@ -99,7 +99,8 @@ def load_base(
         cache_dir: where hub files are kept; None is the hub's own cache.
 
     Raises:
-        Refused: for a folder without a Stable Diffusion, one with pickled weights only, or an unreachable hub.
+        Refused: for a folder without a Stable Diffusion, another kind of one (XL, inpainting), one with pickled weights
+            only, or an unreachable hub.
     """
     location = Path(name)
     if name == BUNDLED_BASE:
@@ -120,6 +121,12 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     weights = dict(options, variant=variant, use_safetensors=True)
     try:
+        _check_kind(
+            name,
+            UNet2DConditionModel.load_config(where, subfolder="unet", **options),
+            AutoencoderKL.load_config(where, subfolder="vae", **options),
+            CLIPTextConfig.from_pretrained(where, subfolder="text_encoder", **options),
+        )
         base = BaseModel(
             name=name,
             tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **options),
@@ -131,6 +138,8 @@ def load_base(
             vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **weights),
             unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **weights),
         )
+    except Refused:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         if location.is_dir():
@@ -189,6 +198,29 @@ def _check_folder(folder: Path, variant: str | None) -> None:
         pickles = sorted((folder / part).glob("*.bin"))
         found = f"{pickles[0].name} is a pickle, which can run code when it is loaded" if pickles else "it is missing"
         raise Refused(f"{folder}/{part}: expected {weights}; {found}. Save the model with safe_serialization=True")
+
+
+def _check_kind(name: str, unet: dict, vae: dict, text_encoder: CLIPTextConfig) -> None:
+    """Refuse a base whose UNet does not take noisy latents, a timestep and this text encoder's output, and these alone.
+
+    Args: its name, and its parts' configurations; a key that one leaves out is diffusers' default.
+    """
+    faults = [
+        f"{key} {unet[key]}"
+        for key in ("addition_embed_type", "class_embed_type", "num_class_embeds")
+        if unet.get(key) is not None
+    ]
+    channels = unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)
+    if len(set(channels)) > 1:
+        faults.append("{} channels in and {} out where its autoencoder has {}".format(*channels))
+    width = unet.get("cross_attention_dim", 1280)
+    if width != text_encoder.hidden_size:
+        faults.append(f"cross_attention_dim {width} where its text encoder has {text_encoder.hidden_size}")
+    if faults:  # Stable Diffusion XL, inpainting, upscalers, unCLIP
+        raise Refused(
+            f"{name}: its UNet has {', and '.join(faults)}; expected a text-to-image model in the shape of Stable Diffusion "
+            "1.5 or 2.1"
+        )
 
 
 def cast_frozen(unet: UNet2DConditionModel, mixed_precision: str) -> None:
