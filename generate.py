@@ -94,6 +94,10 @@ SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
 LARGE_MAP = 32  # latents a side
 SLICED_FROM = 512  # pixels: films go through the decoder one at a time
 LISTED = 5  # long prompts told one by one
+NEEDS = {  # flags that say nothing without another
+    "strength": "init_image", "lora_scale": "lora", "train_data_dir": "from_fold", "share": "serve", "port": "serve",
+}  # fmt: skip
+OF_NO_PAGE = ("prompts_file", "grid", "from_fold", "train_data_dir", "dicom", "init_image", "strength", "own_noise")
 VERSIONS = ("torch", "diffusers", "transformers", "peft")  # that pixels may depend on
 
 
@@ -168,6 +172,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect."""
+    usual = vars(parse_args([]))
+    given = {name for name, value in vars(args).items() if value != usual[name]}
+    for name, needed in NEEDS.items() if not args.serve else ():
+        if name in given and needed not in given:
+            raise Refused(f"--{name} has no effect without --{needed}; add that, or leave it out")
+    if not args.serve:
+        return
+    for name in OF_NO_PAGE:
+        if name in given:
+            raise Refused(f"--{name} is not for --serve, where prompts are typed into the page; leave it out")
+    for name, count in (("prompt", len(args.prompt)), ("lora_scale", len(args.lora_scale))):
+        if count > 1:
+            raise Refused(f"{count} of --{name}; --serve begins with one, and others are typed into the page")
+    if args.num_images > MOST_IMAGES:
+        raise Refused(f"--num_images {args.num_images}; the page of --serve draws {MOST_IMAGES} at most")
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant and machines that cannot do what is asked, before anything is loaded."""
     for name in ("num_images", "num_inference_steps", "batch_size"):
@@ -183,9 +206,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(
             "--dicom makes films of patients that do not exist, and --init_image films that show one; take one of them"
         )
-    given = [name for name in ("prompts_file", "grid", "from_fold", "dicom", "init_image") if getattr(args, name)]
-    if args.serve and given:
-        raise Refused(f"--{given[0]} is not for --serve, where prompts are typed into the page; leave it out")
     for name, value in [
         ("guidance_scale", args.guidance_scale),
         *(("lora_scale", value) for value in args.lora_scale),
@@ -232,6 +252,11 @@ def gather_prompts(args: argparse.Namespace) -> tuple[list[Prompt], int]:
         prompts += grid_prompts(args.grid)
     if args.from_fold:
         prompts += held_out_prompts(args.lora[0], args.train_data_dir)
+    if args.guidance_scale <= 1 and any(prompt.negative for prompt in prompts):
+        raise Refused(
+            f"the negative_prompt of {args.prompts_file} has no effect with --guidance_scale {args.guidance_scale}; expected "
+            "more than 1, or a table without it"
+        )
     prompts = [replace(prompt, negative=prompt.negative or args.negative_prompt) for prompt in prompts]
     return check_prompts(prompts, args.own_noise), len(prompts)
 
@@ -432,6 +457,7 @@ def draw(
 
 
 def main(args: argparse.Namespace) -> None:
+    check_flags(args)
     check_args(args)
     prompts, num_given = ([], 0) if args.serve else gather_prompts(args)
     check_files(args)
@@ -567,7 +593,7 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
         first = Wish(
             prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,
-            lora_scale=args.lora_scale[0], seed=args.seed, num_images=min(args.num_images, MOST_IMAGES),
+            lora_scale=args.lora_scale[0], seed=args.seed, num_images=args.num_images,
             guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
         )  # fmt: skip
         page = build_page(answer, args.lora or [Path("out")], first)

@@ -344,7 +344,7 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "--scheduler FlowMatch"),
         (["--prompt", "word " * 10_000], "a prompt of 10000 words"),
         (["--negative_prompt", "x", "--guidance_scale", "1"], "has no effect"),
-        (["--strength", "0"], "--strength 0.0"),
+        (["--strength", "0", "--init_image", "f.png"], "--strength 0.0"),
         (["--strength", "0.3", "--init_image", "f.png"], "--strength 0.3 leaves none of 3 steps"),
         (["--init_image", "f.png", "--dicom"], "take one of them"),
         (["--seed", str(2**64)], "--seed 18446744073709551616"),
@@ -353,9 +353,19 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         (["--scheduler", "EDMEulerScheduler"], "--scheduler EDMEulerScheduler"),
         (["--serve", "--port", "99999"], "--port 99999"),
         (["--serve", "--grid", "sex=M"], "--grid is not for --serve"),
+        (["--serve", "--own_noise"], "--own_noise is not for --serve"),
+        (["--serve", "--train_data_dir", "/nowhere"], "--train_data_dir is not for --serve"),
+        (["--serve", "--prompt", "y"], "2 of --prompt; --serve begins with one"),
+        (["--serve", "--lora", "a", "b", "--lora_scale", "0.3", "0.7"], "2 of --lora_scale; --serve"),
+        (["--serve", "--num_images", "20"], "--num_images 20; the page of --serve draws 8"),
+        (["--strength", "0.3"], "--strength has no effect without --init_image"),
+        (["--lora_scale", "0.3"], "--lora_scale has no effect without --lora;"),
+        (["--train_data_dir", "/nowhere"], "--train_data_dir has no effect without --from_fold"),
+        (["--share"], "--share has no effect without --serve"),
+        (["--port", "7860"], "--port has no effect without --serve"),
         (["--init_image", "/nowhere.png"], "no film that can be read"),
         (["--from_fold"], "expected --lora out/fold2"),
-        (["--lora_scale", "1", "2"], "2 of --lora_scale for 0 of --lora"),
+        (["--lora", "a", "--lora_scale", "1", "2"], "2 of --lora_scale for 1 of --lora"),
         (["--burn_label"], "add --dicom"),
         (["--reference", "/nowhere"], "no folder /nowhere"),
         (["--reject", "-1"], "--reject -1"),
@@ -365,6 +375,14 @@ def test_bad_input_is_refused_in_words(tiny_base: Path, tmp_path: Path, extra: l
     with pytest.raises(Refused, match=message):
         make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), *extra)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_prompt_of_a_table_is_refused_where_nothing_leads_away_from_it(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A film.", "negative_prompt": "b"}\n')
+    with pytest.raises(Refused, match="negative_prompt of .*prompts.jsonl has no effect with --guidance_scale 1.0"):
+        make(tiny_base, tmp_path, "--prompts_file", str(tmp_path / "prompts.jsonl"), "--guidance_scale", "1")
 
 
 def test_adapters_that_cannot_be_used_are_refused_in_words(tiny_base: Path, tmp_path: Path, adapter: Path) -> None:
