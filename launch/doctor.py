@@ -189,7 +189,7 @@ def check_cards(cards: Sequence[Card]) -> Iterator[Finding]:
 
     for number, card in enumerate(cards):
         free = torch.cuda.mem_get_info(number)[0] / 2**30
-        found = f"{card.name}, {card.memory:.1f} GiB, {free:.1f} free"
+        found = f"{card.name}, {card.memory:.1f} GiB, {free:.1f} free, CUDA {torch.version.cuda}"
         taken = free < 0.9 * card.memory
         mend = "end what else uses it (nvidia-smi lists it), or restart the runtime" if taken else None
         yield Finding(f"GPU {number}", found, mend)

@@ -144,8 +144,9 @@ def test_a_card_that_the_environment_leaves_out_is_not(name, value, unseen: pyte
 
 def test_a_card_that_something_else_fills_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (2**30, 22 * 2**30))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     (finding,) = doctor.check_cards([L4])
-    assert "22.2 GiB, 1.0 free" in finding.found and not finding.fatal and "end what else" in finding.mend
+    assert "22.2 GiB, 1.0 free, CUDA 12.8" in finding.found and not finding.fatal and "end what else" in finding.mend
 
 
 def test_without_the_hub_a_base_that_is_here_still_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
