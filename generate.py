@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], help="text of a film; repeat for more")
     add("--prompts_file", type=Path, metavar="FILE",
-        help="text with a prompt a line; or .csv or .jsonl with a column prompt or text (and negative_prompt, seed, "
+        help=".txt with a prompt a line; or .csv or .jsonl with a column prompt or text (and negative_prompt, seed, "
         "findings, view, age, sex), such as data/metadata.jsonl")  # fmt: skip
     add("--grid", nargs="+", action="extend", default=[], metavar="AXIS=A,B",
         help=f"a prompt for every combination of {', '.join(AXES)}; findings go together with +")  # fmt: skip

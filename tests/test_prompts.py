@@ -10,9 +10,10 @@ from utils.refusal import Refused
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\ufeff  PA film of a man. \n\nAP film.\n", encoding="utf-8")
-    assert read_prompts(path) == [Prompt("PA film of a man."), Prompt("AP film.")]
+    for name in ("prompts.TXT", "prompts"):
+        path = tmp_path / name
+        path.write_text("\ufeff  PA film of a man. \n\nAP film.\n", encoding="utf-8")
+        assert read_prompts(path) == [Prompt("PA film of a man."), Prompt("AP film.")]
 
 
 def test_a_table_keeps_seed_negative_prompt_and_labels(tmp_path: Path) -> None:
@@ -47,6 +48,8 @@ def test_a_column_prompt_goes_before_text(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("none.txt", None, "no prompts at .*none.txt"),
+        ("list.json", b'["a", "b"]\n', "list.json is a .json; expected a .txt .* a .csv or a .jsonl"),
+        ("table.tsv", b"prompt\tseed\na\t1\n", "table.tsv is a .tsv"),
         ("latin.txt", "Überlagerung".encode("latin-1"), "no text file in UTF-8"),
         ("columns.csv", b"caption,seed\na,1\n", "neither a column prompt nor one text; it has caption, seed"),
         ("seed.csv", b"prompt,seed\na,-1\n", "row 1: seed '-1'"),

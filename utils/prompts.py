@@ -41,15 +41,18 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts of a file.
 
     A `.csv` or `.jsonl` table has them in a column `prompt`, or else `text`, so that a data set's `metadata.jsonl` serves as
-    well; columns `negative_prompt` and `seed` are heeded where there are any, and LABELS kept. Any other file has a prompt a
-    line.
+    well; columns `negative_prompt` and `seed` are heeded where there are any, and LABELS kept. A file in `.txt`, or without a
+    suffix, has a prompt a line.
 
     Raises:
         Refused: for a file that is none of these, naming the line.
     """
+    forms, suffix = "a .txt with a prompt a line, a .csv or a .jsonl table", path.suffix.lower()
     if not path.is_file():
-        raise Refused(f"no prompts at {path}; expected a text file with a prompt a line, a .csv or a .jsonl table")
-    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise Refused(f"no prompts at {path}; expected {forms}")
+    if suffix not in (".txt", "", ".csv", ".jsonl"):
+        raise Refused(f"--prompts_file {path} is a {suffix}; expected {forms}")
+    if suffix in (".txt", ""):
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
