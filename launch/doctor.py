@@ -127,6 +127,8 @@ def examine(named: str | None = None) -> Iterator[Finding]:
     except Exception as error:  # whatever packages made for one another's older versions raise
         reason = " ".join(str(error).split())[:200]
         mend = "pip install --force-reinstall -r requirements.txt -c constraints.txt"
+        if "COLAB_RELEASE_TAG" in os.environ:  # as the notebook does, which keeps Colab's torch
+            mend = "pip install --upgrade -r requirements.txt -c cache/torch.txt"
         for package in ("torchvision", "torchao"):
             if package in reason:
                 mend = f"pip uninstall -y {package}  # does not fit the others, and is not needed here"

@@ -164,7 +164,9 @@ def test_without_the_hub_a_base_that_is_here_still_trains(tmp_path: Path, monkey
 def test_packages_that_do_not_fit_together_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "utils.pipeline", None)  # its import raises
     last = list(doctor.examine())[-1]
-    assert last.what == "import" and last.fatal and "requirements.txt" in last.mend
+    assert last.what == "import" and last.fatal and "requirements.txt -c constraints.txt" in last.mend
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
+    assert list(doctor.examine())[-1].mend.endswith("-c cache/torch.txt"), "Colab's torch stays"
 
 
 def test_a_torchao_that_peft_refuses_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
