@@ -140,7 +140,7 @@ def examine(named: str | None = None) -> Iterator[Finding]:
     yield check_memory()
     base = utils.pipeline.canonical_name(named or utils.pipeline.default_base())
     yield check_hub(base)
-    yield check_disk(ROOT, 0 if is_here(base) else BASE_BYTES)
+    yield from check_disks(0 if is_here(base) else BASE_BYTES)
     why = f"{'as there is a GPU' if cards else 'without a GPU'}, where you name no other"
     yield Finding("base", f"{base}, {'as you name it' if named else why}")
 
@@ -263,6 +263,14 @@ def check_memory() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Finding("CPU", f"{cores} cores, {gib:.0f} GiB", None if gib > 6 else "a machine with 8 GiB or more")
+
+
+def check_disks(needed: float) -> Iterator[Finding]:
+    """Look at the disk of this repository, and at that of out/ where it is another's, such as a mounted Drive."""
+    yield check_disk(ROOT, needed)
+    out = (ROOT / "out").resolve()
+    if out.exists() and out.stat().st_dev != ROOT.stat().st_dev:
+        yield check_disk(out, 0)
 
 
 def check_disk(folder: Path, needed: float) -> Finding:

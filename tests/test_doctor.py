@@ -183,6 +183,13 @@ def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
     assert doctor.check_disk(tmp_path, 6e9).fatal
     assert doctor.check_disk(tmp_path, 0).mend is None
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "out").mkdir()
+    assert len(list(doctor.check_disks(0))) == 1
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").symlink_to("/dev")  # another file system, as Drive is
+    here, there = doctor.check_disks(0)
+    assert str(tmp_path) in here.found and "GB free in /dev" in there.found
 
 
 def test_the_screen_ends_in_the_command_or_in_what_is_broken(
