@@ -114,3 +114,22 @@ def test_a_base_of_another_kind_is_refused_before_its_weights_load(
     monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(Refused, match=said):
         load_base(str(own_base))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("unet/config.json", 5),
+        ("vae/config.json", 5),
+        ("text_encoder/config.json", []),
+        ("tokenizer/tokenizer.json", []),
+        ("unet/config.json", {"block_out_channels": None}),
+        ("unet/config.json", {"norm_num_groups": 0}),
+        ("vae/config.json", {"norm_num_groups": 0}),
+    ],
+)
+def test_a_base_with_a_damaged_configuration_is_refused(own_base: Path, file: str, change: object) -> None:
+    path = own_base / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
+    with pytest.raises(Refused, match="cannot be loaded as a Stable Diffusion"):
+        load_base(str(own_base))

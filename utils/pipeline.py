@@ -140,7 +140,9 @@ def load_base(
         )
     except Refused:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (  # also what a configuration of other types or of absurd numbers makes the libraries raise
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         if location.is_dir():
             raise Refused(f"{name} cannot be loaded as a Stable Diffusion in diffusers layout: {reason}") from error
