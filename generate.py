@@ -76,10 +76,12 @@ from utils.provenance import (
     encode_png,
     file_name,
     hold_record,
+    is_to_train_on,
     keep,
     read_made,
     read_png,
     settle_records,
+    table_row,
 )
 from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
@@ -98,6 +100,7 @@ NEEDS = {  # flags that say nothing without another
     "strength": "init_image", "lora_scale": "lora", "train_data_dir": "from_fold", "share": "serve", "port": "serve",
 }  # fmt: skip
 OF_NO_PAGE = ("prompts_file", "grid", "from_fold", "train_data_dir", "dicom", "init_image", "strength", "own_noise")
+FEW_NOISES = 10  # for five folds, and films to validate on
 VERSIONS = ("torch", "diffusers", "transformers", "peft")  # that pixels may depend on
 
 
@@ -524,6 +527,9 @@ def main(args: argparse.Namespace) -> None:
     with hold_record(output_dir):
         save_png(output_dir / "contact_sheet.png", sheet)
     tell_quality(rows)
+    noises = [table_row(row)["patient_id"] for row in rows if is_to_train_on(row)]
+    if len(set(noises)) < FEW_NOISES <= len(noises) and in_step and init_image is None:
+        print(f"all from {len(set(noises))} noises, too few for a data set; add --own_noise to train on such images")
     print(f"{len(due)} new of {len(requests)} images in {output_dir}; look at {output_dir}/contact_sheet.png")
 
 

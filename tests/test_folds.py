@@ -109,6 +109,8 @@ def test_fewer_patients_than_folds_are_refused():
     assert sorted(assign_folds(list("abc"), [0, 0, 1], 3, seed=0)) == [0, 1, 2]
     with pytest.raises(Refused, match="3 patients cannot fill 5 folds"):
         assign_folds(list("aabbc"), [0] * 5, 5, seed=0)
+    with pytest.raises(Refused, match="films from 2 noises cannot fill 5 folds.* generate.py --own_noise"):
+        assign_folds(["noise-0", "noise-1", "noise-0"], [0] * 3, 5, seed=0)
 
 
 @pytest.mark.parametrize("findings", [["Edema"], [], None])

@@ -272,6 +272,17 @@ def test_the_page_draws_what_the_command_line_draws_and_keeps_two_models(
     assert answers[1] == (tmp_path / "a" / adapted["file_name"]).read_bytes() != answers[3]
 
 
+def test_films_from_few_noises_are_told_not_to_be_a_data_set(
+    tiny_base: Path, tmp_path: Path, lenient: None, capsys: pytest.CaptureFixture
+) -> None:
+    grid = ["--grid", "age=30,40,50,60,70", "--num_images", "2"]
+    make(tiny_base, tmp_path / "a", *grid)
+    assert "all from 2 noises, too few for a data set; add --own_noise" in capsys.readouterr().out
+    make(tiny_base, tmp_path / "a", *grid, "--own_noise")
+    make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--num_images", "2")
+    assert "too few for a data set" not in capsys.readouterr().out
+
+
 def test_a_generated_folder_trains_as_it_stands(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
     make(
         tiny_base,

@@ -19,6 +19,7 @@ MAX_MERGED_SHARE = 0.05  # of the set, in one group of several patients
 SMALL_SET = 100  # films below which a single pair is already a large share
 HASHES_PER_BLOCK, PAIRS_AT_ONCE = 64, 1024
 MOST_STRATA = 32
+NOISE = "noise-"  # begins the patient_id of a generated film
 
 
 def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_folds: int, seed: int) -> list[int]:
@@ -36,6 +37,11 @@ def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_fol
     from sklearn.model_selection import StratifiedGroupKFold  # seconds, and only what deals out folds needs it
 
     num_groups = len(set(groups))
+    if num_groups < num_folds and all(str(group).startswith(NOISE) for group in groups):
+        raise Refused(
+            f"generated films from {num_groups} noises cannot fill {num_folds} folds, as films from one noise stay together; "
+            "draw them with other noise each: generate.py --own_noise"
+        )
     if num_groups < num_folds:
         raise Refused(f"{num_groups} patients cannot fill {num_folds} folds; use more films or a smaller --num_folds")
     counts = Counter(strata)

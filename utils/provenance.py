@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, sha256_file, write_bytes, write_jsonl
+from utils.folds import NOISE
 from utils.prompts import LABELS
 from utils.refusal import Refused
 
@@ -157,7 +158,7 @@ def table_row(row: dict) -> dict:
     labels = {name: row["labels"].get(name) for name in LABELS}
     return {
         "file_name": row["file_name"], "text": row["prompt"],
-        "patient_id": f"film-{source[:12]}" if source else f"noise-{row['noise_seed']}", **labels,
+        "patient_id": f"film-{source[:12]}" if source else f"{NOISE}{row['noise_seed']}", **labels,
         "source": "synthetic", "source_id": row["file_name"], "license": "that of the base model and of the adapters",
         "sha256": row["sha256"], "width": row["resolution"], "height": row["resolution"], "synthetic": True,
     }  # fmt: skip
