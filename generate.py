@@ -145,7 +145,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=25, help="solver steps [25]")
     add("--guidance_scale", type=float, default=4.0, help="classifier-free guidance, 3 to 4 for films; 1 is none [4]")
     add("--scheduler", default="dpmsolver++",
-        help=f"solver: {', '.join(SCHEDULERS)}, or the name of any of diffusers' classes for it [dpmsolver++]")  # fmt: skip
+        help=f"solver: {', '.join(SCHEDULERS)}, or the class of one of diffusers' that suit it; a wrong name lists them [dpmsolver++]")  # fmt: skip
     add("--resolution", type=int, help="side in pixels [the adapter's own, else the base's]")
     add("--batch_size", type=int, default=4, help="images at a time; short batches are filled up [4]")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from transformers import CLIPTextModel
 
 from tests.conftest import ROOT, build_base
-from utils.pipeline import STABLE_DIFFUSION, assemble, load_base, with_schedule
+from utils.pipeline import STABLE_DIFFUSION, assemble, load_base, sample, with_schedule
 from utils.refusal import Refused, run
 
 NAMED = {
@@ -133,3 +134,8 @@ def test_a_base_with_a_damaged_configuration_is_refused(own_base: Path, file: st
     path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
     with pytest.raises(Refused, match="cannot be loaded as a Stable Diffusion"):
         load_base(str(own_base))
+
+
+def test_pndm_draws_in_few_steps(tiny_base: Path) -> None:
+    films = sample(assemble(load_base(str(tiny_base)), "PNDMScheduler"), ["PA film."] * 2, [0, 1], 64, 2, 4.0, 2)
+    assert torch.stack(list(films)).shape == (2, 64, 64)

@@ -322,12 +322,14 @@ def assemble(base: BaseModel, scheduler: str = "dpmsolver++") -> StableDiffusion
         raise Refused(
             f"--scheduler {scheduler} knows no schedule that ends in noise alone, as this one does; take ddim"
         )
+    # PNDM's first steps by Runge and Kutta are no steps of few: Stable Diffusion's own setting leaves them out
+    few_steps = {"skip_prk_steps": True} if "skip_prk_steps" in signature(solver.__init__).parameters else {}
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=solver.from_config(schedule),
+        scheduler=solver.from_config(schedule, **few_steps),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
