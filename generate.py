@@ -283,9 +283,11 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict
     """
     files = [find_adapter(path) for path in args.lora]
     adapters = [read_adapter(file) for file in files]
-    for name in ("base", "resolution", "revision", "variant", "prediction_type", "rescale_betas_zero_snr"):
-        told = [header | header.get("settings", {}) for _, header in adapters]
-        values = {of.get(name): file for file, of in zip(files, told, strict=True) if "base" in of}
+    for name in ("base", "resolution", "revision", "variant", "rescale_betas_zero_snr"):
+        told = [
+            header.get("settings", {}) | header for _, header in adapters
+        ]  # settings may have them as asked for: None
+        values = {of.get(name) or None: file for file, of in zip(files, told, strict=True) if "base" in of}
         if len(values) > 1:
             listed = ", ".join(f"{file} has {value}" for value, file in values.items())
             raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
@@ -320,6 +322,13 @@ def load_model(
     told = (base_of(file, of["base"]) for file, (_, of) in zip(files, adapters, strict=True) if "base" in of)
     base_name = canonical_name(base_name or next(told, None) or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
+    # An adapter that names none was trained on the base's own
+    own = base.noise_scheduler.config.prediction_type
+    kinds = {of["settings"].get("prediction_type") or own for _, of in adapters if "settings" in of}
+    if len(kinds) > 1:
+        raise Refused(
+            f"the adapters differ in their prediction_type ({' and '.join(sorted(kinds))}); expected adapters of one"
+        )
     base = with_schedule(base, trained.get("prediction_type"), trained.get("rescale_betas_zero_snr", False))
     resolution = header.get("resolution") or base.resolution if args.resolution is None else args.resolution
     if resolution < 1 or resolution % base.pixel_multiple:
@@ -364,13 +373,18 @@ def load_model(
 
     named = ", ".join(f"{file} x {scale:g}" for file, scale in zip(files, scales, strict=True)) or "none"
     accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")
+    made_for = [public_base(of.get("base", base_name)) for _, of in adapters]
+    for file, name in zip(files, made_for, strict=True):
+        if name != public_base(base_name):
+            accelerator.print(f"{file} was made for {name}, and is put on {public_base(base_name)}")
     for path in decoders.values():
         accelerator.print(f"decoder {path}, fitted to radiographs; --no_vae_decoder takes the base's own")
     quality = QualityControl(args.reference, resolution, accelerator.device, [header for _, header in adapters])
     described = {
         "base": public_base(base_name), "base_revision": revision, "base_variant": variant,
         "adapters": [
-            {"sha256": sha256_file(file), "scale": scale} for file, scale in zip(files, scales, strict=True) if scale
+            {"sha256": sha256_file(file), "scale": scale} | ({"made_for": name} if name != public_base(base_name) else {})
+            for file, scale, name in zip(files, scales, made_for, strict=True) if scale
         ],
         "decoder_sha256": next(iter(decoders), None), "resolution": resolution,
         "mixed_precision": accelerator.mixed_precision, "device": accelerator.device.type, "compiled": args.compile,

@@ -101,6 +101,29 @@ def test_adapters_add_up_by_weight(tiny_base: Path, tmp_path: Path, adapter: Pat
     assert np.abs(pixels(tmp_path / "a", whole[0]) - pixels(tmp_path / "b", halves[0])).max() <= 1
 
 
+def test_what_adapters_were_made_for_is_compared_as_they_were_trained_and_told(
+    tiny_base: Path, tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Settings are as asked for: a resolution and a prediction of None are the base's own."""
+    state, header = generate.read_adapter(adapter / WEIGHTS_NAME)
+
+    def saved(name: str, base: str = header["base"], **settings) -> str:
+        save_adapter(tmp_path / name, state, header | {"base": base, "settings": header["settings"] | settings})
+        return str(tmp_path / name)
+
+    asked = [saved("a.safetensors", resolution=None), saved("b.safetensors", resolution=64, prediction_type="epsilon")]
+    (row,) = make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", *asked)
+    assert [of.keys() for of in row["adapters"]] == [{"sha256", "scale"}] * 2
+    assert "was made for" not in capsys.readouterr().out
+    v = saved("v.safetensors", prediction_type="v_prediction")
+    with pytest.raises(Refused, match="differ in their prediction_type .epsilon and v_prediction"):
+        make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", asked[0], v)
+    other = saved("c.safetensors", "another/base")
+    (_, row) = make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", other)
+    assert row["adapters"][0]["made_for"] == "another/base"
+    assert f"{other} was made for another/base, and is put on {tiny_base.name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_adapters_of_other_tools_load(tiny_base: Path, tmp_path: Path, adapter: Path, form: str) -> None:
     """Kohya's form, and the file that diffusers' own script writes, in its way of writing it."""
