@@ -105,6 +105,20 @@ def test_equal_files_of_different_patients_stay_together():
     assert sum(sides) == 1
 
 
+def test_equal_files_in_the_folds_of_a_table_share_a_side_or_are_refused():
+    """Whatever the fold, they train together or validate together, as download.py's copies do."""
+    table = [row | {"fold": i % 3} for i, row in enumerate(made_up_rows()[::3])]
+    table = [row | {"patient_id": row["file_name"], "sha256": row["file_name"]} for row in table]
+    for row in table[0:4:3]:
+        row["sha256"] = "same"
+    for seed in range(30):
+        parts = split_fold(with_folds(table), 1, seed)
+        assert sorted(sum(row["sha256"] == "same" for row in part) for part in parts) == [0, 0, 2]
+    table[3]["fold"] = 1
+    with pytest.raises(Refused, match=f"{table[0]['file_name']} and {table[3]['file_name']} .* in folds 0 and 1"):
+        with_folds(table)
+
+
 def test_fewer_patients_than_folds_are_refused():
     assert sorted(assign_folds(list("abc"), [0, 0, 1], 3, seed=0)) == [0, 1, 2]
     with pytest.raises(Refused, match="3 patients cannot fill 5 folds"):

@@ -191,21 +191,30 @@ def with_folds(rows: Iterable[dict], num_folds: int = 5, seed: int = 0, group_by
     """Return the rows sorted by file name, each with a `fold`; the order they came in makes no difference.
 
     Rows that have folds keep them. Others, of a folder that download.py has not written, are dealt out here; equal
-    files stay together, but only download.py looks for films that are nearly equal.
+    files stay together, also when validation is set aside, but only download.py looks for films that are nearly equal.
 
     Raises:
-        Refused: where some rows have folds and others none, with fewer groups than folds, or for rows without a
-            patient, see `group_of`.
+        Refused: where some rows have folds and others none, with fewer groups than folds, for a film whose copy is in
+            another fold, or for rows without a patient, see `group_of`.
     """
     rows = sorted(rows, key=lambda row: row["file_name"])
     without = [row["file_name"] for row in rows if row.get("fold") is None]
-    if not without:
-        return rows
-    if len(without) < len(rows):
+    if 0 < len(without) < len(rows):
         raise Refused(f"{without[0]} has no fold but other rows have; give one to every row or to none")
-    groups, first = [group_of(row, group_by) for row in rows], {}
+    first = {}
     copies = [(first.setdefault(row.get("sha256"), i), i) for i, row in enumerate(rows) if row.get("sha256")]
-    groups = merge_groups(groups, copies)
+    copies = [(i, j) for i, j in copies if i != j]
+    for one, other in ((rows[i], rows[j]) for i, j in copies):
+        if one.get("fold") != other.get("fold"):
+            raise Refused(
+                f"{one['file_name']} and {other['file_name']} are the same file, in folds {one['fold']} and {other['fold']}; "
+                "give them one fold, or leave one out"
+            )
+    if not (without or copies):
+        return rows
+    groups = merge_groups([group_of(row, group_by) for row in rows], copies)
+    if not without:
+        return [{**row, "group": group} for row, group in zip(rows, groups, strict=True)]
     folds = assign_folds(groups, strata_of(rows), num_folds, seed)
     return [{**row, "group": group, "fold": fold} for row, group, fold in zip(rows, groups, folds, strict=True)]
 
