@@ -513,13 +513,16 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()  # now all know what is due, and nobody has drawn yet
     with explain_out_of_memory("generating", memory_advice(args, accelerator)):
         draw(args, accelerator, pipeline, quality, init_image, requests, labels, due)
+    accelerator.wait_for_everyone()
 
-    # The same as DICOM, from the images as they lie there
+    # The same as DICOM, from the images as they lie there, with all that is known of them from this command or another
+    rows = settle_records(output_dir, list(requests), labels) if accelerator.is_main_process else []
+    (known,) = broadcast_object_list([{row["file_name"]: row["labels"] for row in rows}])
     if args.dicom:
         mine = list(requests)[accelerator.process_index :: accelerator.num_processes]
         with tqdm(mine, desc="DICOM", unit="film", disable=not accelerator.is_main_process) as bar:
             for name in bar:
-                film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": labels[name]}
+                film, made = read_png(output_dir / name), read_made(output_dir / name) | {"labels": known[name]}
                 path = (output_dir / "dicom" / name).with_suffix(".dcm")
                 dicom = encode_dicom(film, made, args.burn_label)
                 with hold_record(output_dir):  # an equal command may be at the same film
@@ -527,7 +530,6 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    rows = settle_records(output_dir, list(requests), labels)
 
     # What a person looks at
     shown = [

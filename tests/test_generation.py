@@ -251,11 +251,16 @@ def test_an_image_that_was_flagged_is_drawn_anew_in_its_place_when_asked_for_lat
 
 
 def test_labels_that_are_known_later_reach_table_and_dicom(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
-    make(tiny_base, tmp_path, *asking("Chest radiograph of a 30-year-old man."))
-    make(tiny_base, tmp_path, "--grid", "age=30", "--grid", "sex=M", "--dicom")
+    by_prompt = asking("Chest radiograph of a 30-year-old man.")
+    by_grid = ["--grid", "age=30", "--grid", "sex=M"]
+    make(tiny_base, tmp_path, *by_prompt)
+    make(tiny_base, tmp_path, *by_grid, "--dicom")
     (row,) = read_jsonl(tmp_path / TABLE)
     (path,) = (tmp_path / "dicom").iterdir()
     assert (row["age"], row["sex"], pydicom.dcmread(path).PatientAge) == (30, "M", "030Y")
+    before = path.read_bytes()
+    make(tiny_base, tmp_path, *by_prompt, "--dicom")
+    assert path.read_bytes() == before, "what is known stays known, and the film one patient's"
 
 
 def test_a_data_set_is_not_written_over(tiny_base: Path, own_data: Path) -> None:
