@@ -63,7 +63,15 @@ from utils.decoder import adapt_decoder
 from utils.diffusion import min_snr_weights
 from utils.early_stopping import EarlyStopping
 from utils.export import save_kohya, verify_adapter
-from utils.files import append_jsonl, canonical_json, hold_lock, read_jsonl, require_space, write_json
+from utils.files import (
+    append_jsonl,
+    canonical_json,
+    hold_lock,
+    read_jsonl,
+    require_space,
+    require_writable,
+    write_json,
+)
 from utils.folds import draw_rows, shuffle_captions, split_fold, with_folds
 from utils.hardware import (
     capture_graph,
@@ -682,6 +690,12 @@ def main(args: argparse.Namespace) -> int:
         or max(1, max_train_steps // 10)
     )
 
+    # Folders that take what is written; one that others filled with latents may be read-only
+    require_writable(run_dir)
+    cache_dir = Path(args.cache_dir or "cache")
+    if not (cache_dir / "latents").is_dir():
+        require_writable(cache_dir)
+
     # A run goes on from its last checkpoint, with the settings it began with, and nobody else writes to its folder
     lock = hold_lock(run_dir / ".lock") if accelerator.is_main_process else None
     if accelerator.is_main_process and lock is None:
@@ -717,16 +731,21 @@ def main(args: argparse.Namespace) -> int:
         noise_scheduler.alphas_cumprod, args.snr_gamma, noise_scheduler.config.prediction_type
     ).to(device)  # [T]
 
-    # Latents, once for all folds, captions as tokens, and validation films with all that scoring them takes
-    stream, bank, latent_statistics = load_films(args, accelerator, base, rows, training_rows, validation_rows)
-    empty_ids = tokenize(base.tokenizer, [""]).to(device)  # [1, L]
-
     # Adapters in fp32 on layers of the base, whose UNet is cast to the precision of the arithmetic
     unet, text_encoder = base.unet.to(memory_format=torch.channels_last), base.text_encoder
     unet_parameters, text_encoder_parameters = put_on_adapters(args, unet, text_encoder)
     lora_parameters = unet_parameters + text_encoder_parameters
     cast_frozen(unet, accelerator.mixed_precision)
     choose_kernels(args, unet, text_encoder, device, accelerator.num_processes)
+    checkpoints = max_train_steps // args.checkpointing_steps + max_train_steps // validation_steps
+    checkpoints = args.checkpoints_total_limit or checkpoints
+    tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (5 if args.use_ema else 4)
+    if accelerator.is_main_process:
+        require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
+
+    # Latents, once for all folds, captions as tokens, and validation films with all that scoring them takes
+    stream, bank, latent_statistics = load_films(args, accelerator, base, rows, training_rows, validation_rows)
+    empty_ids = tokenize(base.tokenizer, [""]).to(device)  # [1, L]
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
     rate_factor = films_a_step if args.scale_lr else 1
@@ -777,11 +796,7 @@ def main(args: argparse.Namespace) -> int:
         "films": {"training": len(training_rows), "validation": len(bank), "held_out": len(held_out_rows)},
         "latents": latent_statistics, "vae_decoder": None,
     }  # fmt: skip
-    checkpoints = max_train_steps // args.checkpointing_steps + max_train_steps // validation_steps
-    checkpoints = args.checkpoints_total_limit or checkpoints
-    tensors_bytes = sum(parameter.numel() for parameter in lora_parameters) * 4 * (5 if args.use_ema else 4)
     if accelerator.is_main_process:
-        require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
         if state is None:
             clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
         else:

@@ -449,7 +449,18 @@ def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
         pytest.raises(Refused, match="checkpoints needs 0.00 GB in .*, where 0.00 GB"),
     ):
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        patch.setattr(train_lora, "load_films", lambda *_: pytest.fail("films were encoded first"))
         train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_base_loads(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train_lora, "load_base", lambda *_: pytest.fail("the base was loaded first"))
+    with pytest.raises(OSError, match="file/a"):
+        train(tiny_base, tiny_data, tmp_path / "run", flag, str(tmp_path / "file" / "a"))
 
 
 def test_a_piecewise_constant_rate_follows_its_rules(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
