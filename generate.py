@@ -322,6 +322,8 @@ def load_model(
     told = (base_of(file, of["base"]) for file, (_, of) in zip(files, adapters, strict=True) if "base" in of)
     base_name = canonical_name(base_name or next(told, None) or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
+    if not any(scales):  # the bare base, with its own decoder and schedule
+        decoders, trained = {}, {}
     # An adapter that names none was trained on the base's own
     own = base.noise_scheduler.config.prediction_type
     kinds = {of["settings"].get("prediction_type") or own for _, of in adapters if "settings" in of}

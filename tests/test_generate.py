@@ -148,6 +148,9 @@ def test_the_decoder_beside_an_adapter_is_used_named_and_switched_off(
     assert 20 < brighter.mean() < 30  # 0.2 of the range from -1 to 1 is 25 grey levels
     (switched_off,) = make(tiny_base, tmp_path / "off", *asked, "--no_vae_decoder")
     assert switched_off == without
+    (bare,) = make(tiny_base, tmp_path / "bare", *asking(PROMPTS[0]))
+    (unweighted,) = make(tiny_base, tmp_path / "unweighted", *asked, "--lora_scale", "0")
+    assert unweighted == bare, "the bare base has its own decoder"
     save_file({name: tensor[:2].clone() for name, tensor in state.items()}, decoder)
     with pytest.raises(Refused, match="does not fit this base model .*--no_vae_decoder"):
         make(tiny_base, tmp_path / "wrong", *asked)

@@ -118,8 +118,13 @@ def test_what_adapters_were_made_for_is_compared_as_they_were_trained_and_told(
     v = saved("v.safetensors", prediction_type="v_prediction")
     with pytest.raises(Refused, match="differ in their prediction_type .epsilon and v_prediction"):
         make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", asked[0], v)
+    (_, bare, unweighted) = [
+        *make(tiny_base, tmp_path / "out", *asking(PROMPTS[0])),
+        make(tiny_base, tmp_path / "v", *asking(PROMPTS[0]), "--lora", v, "--lora_scale", "0")[0],
+    ]
+    assert unweighted == bare, "the bare base has its own schedule"
     other = saved("c.safetensors", "another/base")
-    (_, row) = make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", other)
+    row = make(tiny_base, tmp_path / "out", *asking(PROMPTS[0]), "--lora", other)[-1]
     assert row["adapters"][0]["made_for"] == "another/base"
     assert f"{other} was made for another/base, and is put on {tiny_base.name}" in capsys.readouterr().out
 
