@@ -81,18 +81,15 @@ def test_other_bundled_models_are_not_mixed_with_old_films(checkout: Path) -> No
 def finished(tmp_path: Path) -> Path:
     """What a quickstart leaves behind, as far as its page reads it."""
     stat = {"mean": 0.5, "interval": [0.4, 0.6]}
-    compared = {"adapter": stat, "base": stat, "gain": stat}
+    compared = dict.fromkeys(("adapter", "base", "gain", "noisy"), stat)
+    rebuilt = compared | {"adapter_normalised": 0.4, "base_normalised": 0.3}
     rates = {"mass": {"films": 24, "followed": 0.75, "interval": [0.6, 0.9], "chance": 0.1}}
     metrics = {
         "films": 60,
         "patients": 20,
-        "rebuilt": {"0.5": dict.fromkeys(("ssim", "psnr", "ms_ssim"), compared)},
+        "rebuilt": {"0.5": dict.fromkeys(("ssim", "psnr", "ms_ssim"), rebuilt)},
         "bounds": {name: {"mean_film": stat, "ceiling": stat} for name in ("ssim", "psnr", "ms_ssim")},
         "noise_prediction_mse": {"50": compared},
-        "free_samples": {
-            name: dict.fromkeys(("generated", "random_pair", "mean_film"), stat)
-            for name in ("ssim", "psnr", "ms_ssim", "mse")
-        },
         "prompt_followed": dict.fromkeys(("base", "adapter", "reader", "reader_after_round_trip"), rates),
     }
     files = {
