@@ -196,7 +196,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
     add("--train_text_encoder_frac", type=float, default=1.0, help="share of the steps in which it learns [1]")
-    add("--lora_dropout", type=float, default=0.0, help="share of an adapter's inputs that a step leaves out [0]")
+    add(
+        "--lora_dropout",
+        type=float,
+        default=0.0,
+        help="share of an adapter's inputs that a step leaves out; a resume keeps the portions of a step [0]",
+    )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank): sqrt(rank) times as much")
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
     add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
@@ -361,6 +366,11 @@ def check_args(args: argparse.Namespace) -> None:
                 f"--cuda_graph with --{flag}, which touches the random state as no graph may; leave out one of the two "
                 "(--no_cuda_graph takes back a preset's)"
             )
+    if args.auto_batch_size and args.lora_dropout:
+        raise Refused(
+            "--auto_batch_size with --lora_dropout, whose masks depend on the micro-steps; name them by --train_batch_size "
+            "and --gradient_accumulation_steps"
+        )
     if args.report_to not in ("none", "all") and importlib.util.find_spec(args.report_to) is None:
         raise Refused(
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none"
@@ -705,6 +715,8 @@ def main(args: argparse.Namespace) -> int:
     settings |= {"mixed_precision": accelerator.mixed_precision, "use_8bit_adam": adamw is not torch.optim.AdamW}
     settings |= {"training_data_hash": training_hash, "validation_data_hash": validation_hash}
     settings |= {"films_a_step": films_a_step, "max_train_steps": max_train_steps}
+    if args.lora_dropout:  # its masks are drawn a micro-step of a process, whose films decide
+        settings |= {"train_batch_size": args.train_batch_size, "num_processes": accelerator.num_processes}
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type
     )

@@ -68,6 +68,15 @@ def test_changed_settings_refuse_to_resume_by_name(tiny_base: Path, tiny_data: P
     assert (tmp_path / "run" / WEIGHTS_NAME).read_bytes() == before
 
 
+def test_dropout_whose_masks_are_a_micro_steps_keeps_the_portions_of_a_step(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", "--lora_dropout", "0.1")
+    with pytest.raises(Refused, match=r"other settings \(train_batch_size: 4 -> 2\)"):
+        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", "--lora_dropout", "0.1",
+              "--train_batch_size", "2", "--gradient_accumulation_steps", "2")  # fmt: skip
+
+
 def test_accumulation_of_micro_batches_is_the_large_batch(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     train(tiny_base, tiny_data, tmp_path / "whole", "--max_train_steps", "4")
     train(tiny_base, tiny_data, tmp_path / "parts", "--max_train_steps", "4", "--train_batch_size", "1",
@@ -511,6 +520,7 @@ def test_every_other_way_to_say_it_runs(tiny_base: Path, tiny_data: Path, tmp_pa
         (["--compile", "--use_dora"], "--use_dora"),
         (["--cuda_graph", "--gradient_checkpointing"], "--gradient_checkpointing"),
         (["--cuda_graph", "--lora_dropout", "0.1"], "--lora_dropout"),
+        (["--auto_batch_size", "--lora_dropout", "0.1"], "--auto_batch_size with --lora_dropout"),
         (["--export", "kohya", "--use_dora"], "--use_dora"),
         (["--box_loss_weight", "0.5"], "no film of .* has a box"),
     ],
