@@ -40,6 +40,7 @@ def test_rows_are_down_and_columns_are_across() -> None:
 def films(tmp_path: Path) -> Path:
     Image.new("L", (64, 64)).save(tmp_path / "square.png")
     Image.new("L", (64, 48)).save(tmp_path / "wide.png")
+    (tmp_path / "damaged.png").write_bytes(b"no film")
     return tmp_path
 
 
@@ -63,6 +64,8 @@ def test_boxes_are_read_film_by_film(films: Path) -> None:
         ({"file_name": "square.png", "boxes": [{"box": [0.5, 0, 0.5, 1]}]}, "square.png: box"),
         ({"file_name": "square.png", "boxes": [{"box": [0, 0, 1]}]}, "square.png: box"),
         ({"file_name": "square.png", "boxes": [{"box": [0, 0, 1, float("nan")]}]}, "square.png: box"),
+        ({"file_name": "damaged.png", "boxes": [{"box": NODULE}]}, "damaged.png cannot be read"),
+        ({"file_name": "square.png", "boxes": 5}, "square.png: boxes 5; expected a list"),
         ({"file_name": "wide.png", "boxes": [{"box": NODULE}]}, "wide.png: boxes need square films"),
     ],
 )

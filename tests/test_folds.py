@@ -134,6 +134,11 @@ def test_a_single_stratum_and_a_rare_one_still_make_folds(findings):
     assert {row["fold"] for row in with_folds(rows, 5, seed=0)} == {0, 1, 2, 3, 4}
 
 
+def test_a_column_boxes_of_another_meaning_still_makes_folds():
+    counted = with_folds([row | {"boxes": len(row["findings"])} for row in made_up_rows()])
+    assert [row["fold"] for row in counted] == [row["fold"] for row in with_folds(made_up_rows())]
+
+
 def test_one_patient_with_most_films_leaves_no_fold_empty():
     groups = ["many"] * 100 + list("abcd")
     assert len(set(assign_folds(groups, [0, 1] * 52, 5, seed=0))) == 5

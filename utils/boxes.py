@@ -54,11 +54,13 @@ def read_boxes(directory: Path, rows: Sequence[dict]) -> list[list[list[float]]]
         )
     for row in rows:
         if row.get("boxes"):
-            with Image.open(directory / row["file_name"]) as film:
-                if film.width != film.height:
-                    raise Refused(
-                        f"{row['file_name']}: boxes need square films, this one has {film.width} x {film.height}"
-                    )
+            try:
+                with Image.open(directory / row["file_name"]) as film:
+                    width, height = film.size
+            except (OSError, Image.DecompressionBombError) as error:  # damaged since its latents were cached
+                raise Refused(f"{row['file_name']} cannot be read ({error}); put the film back") from error
+            if width != height:
+                raise Refused(f"{row['file_name']}: boxes need square films, this one has {width} x {height}")
     return [edges_of(row) for row in rows]
 
 

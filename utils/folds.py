@@ -182,7 +182,8 @@ def strata_of(rows: Sequence[dict]) -> list[str]:
 
 def placed_findings(row: dict) -> set[str]:
     """Return a film's findings: with side and zone where it has boxes, as "nodule, right, middle"."""
-    boxes = [box for box in row.get("boxes") or () if isinstance(box, dict)]
+    boxes = row.get("boxes")  # in a table of somebody else's perhaps how many there are
+    boxes = [box for box in boxes if isinstance(box, dict)] if isinstance(boxes, list) else []
     placed = {", ".join(str(box[key]) for key in ("finding", "side", "zone") if box.get(key)) for box in boxes}
     return placed or set(row.get("findings") or ())
 
