@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_lora
+from tests import training
 from tests.conftest import ROOT, build_base
 from tests.training import read, train, watch_run
 from utils.checkpoint import BEST_NAME, TENSORS_NAME, checkpoint_steps, load_checkpoint
@@ -25,6 +26,7 @@ from utils.files import write_jsonl
 from utils.folds import split_fold
 from utils.lora import adapter_state, read_adapter
 from utils.metadata import read_metadata
+from utils.pipeline import STABLE_DIFFUSION
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import read_config, read_split
@@ -470,6 +472,33 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_base_loads(
     monkeypatch.setattr(train_lora, "load_base", lambda *_: pytest.fail("the base was loaded first"))
     with pytest.raises(OSError, match="file/a"):
         train(tiny_base, tiny_data, tmp_path / "run", flag, str(tmp_path / "file" / "a"))
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe"),
+    [
+        ("assets/cxr-tiny", {"max_train_steps": 1000, "learning_rate": 4e-3, "text_encoder_lr": 2e-3,
+                             "lora_targets": "feed_forward", "snr_gamma": 0, "adapt_decoder_lr": 1e-3}),
+        (STABLE_DIFFUSION, {"max_train_steps": 4000, "learning_rate": 1e-4, "text_encoder_lr": 1e-5,
+                            "lora_targets": "attention", "snr_gamma": 5, "adapt_decoder_lr": 1e-4}),
+    ],
+)  # fmt: skip
+def test_a_silent_command_line_takes_the_recipe_of_its_base(base: str, recipe: dict, tmp_path: Path) -> None:
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", base, "--output_dir", str(tmp_path)])
+    wanted = recipe | {"train_batch_size": 16, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine"}
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def test_the_rate_warms_up_in_a_twentieth_of_the_steps_and_falls_by_a_cosine(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = [word for word in training.QUICK if word != "--lr_warmup_steps"]
+    silent.remove("0")  # its value
+    assert len(silent) == len(training.QUICK) - 2
+    monkeypatch.setattr(training, "QUICK", silent)
+    train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "40", "--train_batch_size", "1")
+    wanted = [0, 0.5, *(0.5 + 0.5 * np.cos(np.pi * np.arange(38) / 38))]
+    assert [row["lr"] for row in read(tmp_path / "run" / "log.jsonl")] == pytest.approx([1e-2 * of for of in wanted])
 
 
 def test_a_piecewise_constant_rate_follows_its_rules(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
