@@ -166,12 +166,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, help="of the page [the first free one from 7860]")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("images"), help="folder of the images [images]")
+    add(
+        "--output_dir",
+        type=Path,
+        help="folder of the images [images; images/page for --serve, whose trials are no data set]",
+    )
     add("--bit_depth", type=int, choices=[8, 16], default=8, help="of a pixel [8]")
     add("--dicom", action="store_true", help="write DICOM Secondary Capture, too, also of images that are there")
     add("--burn_label", action="store_true", help=f'write "{LABEL}" into the DICOM films')
     args = parser.parse_args(argv)
     args.lora_scale = args.lora_scale or [1.0]
+    args.output_dir = args.output_dir or Path("images/page" if args.serve else "images")
     return args
 
 
@@ -598,7 +603,7 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     with tempfile.TemporaryDirectory() as shown:  # a visitor is given copies, and nothing else of --output_dir
 
-        def answer(wish: Wish) -> list[Path]:
+        def answer(wish: Wish) -> dict[Path, list[str]]:
             asked = with_flags(
                 args, **vars(wish) | {"lora": [wish.lora] if wish.lora else [], "lora_scale": [wish.lora_scale]}
             )
@@ -612,8 +617,8 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 (requests,) = requests_of(asked, prompts, model | settings_of(asked) | begun)
                 due = find_due(args.output_dir, requests, args.reject)
                 draw(asked, accelerator, pipeline, quality, None, requests, dict.fromkeys(requests, {}), due)
-            settle_records(args.output_dir, list(requests))
-            return [Path(shutil.copy(args.output_dir / name, shown)) for name in requests]
+            rows = settle_records(args.output_dir, list(requests))
+            return {Path(shutil.copy(args.output_dir / row["file_name"], shown)): row["flags"] for row in rows}
 
         first = Wish(
             prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,

@@ -316,6 +316,11 @@ def test_films_from_few_noises_are_told_not_to_be_a_data_set(
     assert "too few for a data set" not in capsys.readouterr().out
 
 
+def test_what_the_page_draws_goes_to_a_folder_of_its_own() -> None:
+    folders = [generate.parse_args(more).output_dir for more in ([], ["--serve"], ["--serve", "--output_dir", "a"])]
+    assert folders == [Path("images"), Path("images/page"), Path("a")]
+
+
 def test_a_generated_folder_trains_as_it_stands(tiny_base: Path, tmp_path: Path, lenient: None) -> None:
     make(
         tiny_base,

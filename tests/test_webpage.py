@@ -48,14 +48,14 @@ class Drawing:
     def __init__(self, folder: Path):
         self.folder, self.wishes = folder, []
 
-    def __call__(self, wish: Wish) -> list[Path]:
+    def __call__(self, wish: Wish) -> dict[Path, list[str]]:
         if wish.seed == 13:
             raise Refused("an unlucky number")
         self.wishes.append(wish)
         paths = [self.folder / f"{len(self.wishes)}_{j}.png" for j in range(wish.num_images)]
         for path in paths:
             Image.new("L", (64, 64), 40 * len(self.wishes)).save(path)
-        return paths
+        return {path: ["blank"] * j for j, path in enumerate(paths)}  # the second is flagged
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def test_base_and_adapter_draw_from_the_same_noise(served, tmp_path: Path) -> No
     assert adapted == Wish("PA film.", "blurred", Path(adapter), 0.8, 7, 2, 3.5, 9)
     assert base == Wish(**vars(adapted) | {"lora_scale": 0.0})
     assert (
-        [image["caption"] for image in by_base] == [image["caption"] for image in by_adapter] == ["seed 7", "seed 8"]
+        [image["caption"] for image in by_base]
+        == [image["caption"] for image in by_adapter]
+        == ["seed 7", "seed 8, blank"]
     )
     assert len(files) == 4
     alone = client.predict("PA film.", NO_ADAPTER, 0, 4.0, 1, "", 5, 1.0, api_name="/generate")

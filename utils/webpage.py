@@ -44,11 +44,11 @@ def find_adapters(folders: Sequence[Path]) -> dict[str, Path]:
     return {str(path): path for path in found}
 
 
-def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], first: Wish):
+def build_page(draw: Callable[[Wish], dict[Path, list[str]]], folders: Sequence[Path], first: Wish):
     """Return the page, a `gradio.Blocks`.
 
     Args:
-        draw: returns the PNGs that were asked for.
+        draw: returns the PNGs that were asked for, each with what quality control found wrong with it.
         folders: where adapters are looked for, each time that the page is opened.
         first: what the page shows when it is opened.
 
@@ -81,11 +81,12 @@ def build_page(draw: Callable[[Wish], list[Path]], folders: Sequence[Path], firs
         wish = Wish(prompt, negative, chosen, scale, int(seed or 0), int(count), guidance, int(steps))
         try:
             by_base = draw(Wish(**vars(wish) | {"lora_scale": 0.0}))
-            by_adapter = draw(wish) if chosen else []
+            by_adapter = draw(wish) if chosen else {}
         except Refused as refusal:
             raise gradio.Error(str(refusal), print_exception=False) from refusal
         captioned = [
-            [(str(path), f"seed {wish.seed + j}") for j, path in enumerate(part)] for part in (by_base, by_adapter)
+            [(str(path), ", ".join([f"seed {wish.seed + j}", *flags])) for j, (path, flags) in enumerate(part.items())]
+            for part in (by_base, by_adapter)
         ]
         return *captioned, list(map(str, [*by_base, *by_adapter]))
 
