@@ -8,7 +8,7 @@ Of one fold:
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
     readings.jsonl       by film what its caption asserts, and how strongly that is read in generated and real films
-    captions.txt         the captions of training that move the prediction further than in the base, and by how much: to be looked at
+    captions.txt         captions of training that move the prediction further than in the base, and by how much
     features.safetensors the same films as points, for pooling
     films.png            real, rebuilt and generated films side by side. It shows patients: keep it to yourself
     nearest.png          the generated films that are most like a training film. It shows patients, too
@@ -32,12 +32,9 @@ real ones? And for whom: the main figures by sex, age, view, and by whether trai
 
 import argparse
 import csv
-import hashlib
 import io
 import itertools
-import json
 import math
-import re
 import statistics
 import sys
 from collections import Counter
@@ -53,7 +50,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -120,8 +116,9 @@ from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_folds, draw_noise_levels, save_png
 from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.seeding import derive_seed
-from utils.subgroups import subgroups, values_of
+from utils.subgroups import join_groups, subgroups, values_of
 from utils.tokens import tokenize
+from utils.unfinished import forget, keep
 from utils.validation import (
     HEADLINE,
     STRENGTHS,
@@ -143,7 +140,6 @@ MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
 MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
 MOST_PAIRS = 64  # of captions with and without findings
-UNFINISHED = "unfinished-{}.safetensors"  # what was drawn or scored, until the evaluation is whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -265,24 +261,16 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     # What was drawn and scored before this evaluation was cut off is not drawn and scored again
     asked = {name: vars(args)[name] for name in ("seed", "num_inference_steps", "guidance_scale", "batch_size")}
     files = [sha256_file(file) for file in (adapter_file, decoder_file) if file]
-    made_of = [
-        config["base"],
-        config["data_hash"],
-        settings,
-        files,
-        asked,
-        accelerator.mixed_precision,
-        package_versions(),
-    ]
-    keep = partial(kept, output_dir, made_of)
+    computed_by = [device.type, accelerator.mixed_precision, package_versions()]
+    once = partial(keep, output_dir, [config["base"], config["data_hash"], settings, files, asked, computed_by])
 
     # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
     scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size, metrics=REBUILT)
-    draw = partial(draw_films, args, pipeline, resolution, keep)
+    draw = partial(draw_films, args, pipeline, resolution, once)
     held_out = [row["file_name"] for row in held_out_rows]
 
     def score(name: str) -> dict[str, Tensor]:
-        return keep(name, held_out, lambda: score_model(bank, unet, text_encoder, **scored))
+        return once(name, held_out, lambda: score_model(bank, unet, text_encoder, **scored))
 
     with eval_mode(unet, text_encoder):
         pipeline.disable_lora()
@@ -348,7 +336,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
             round_trip = torch.cat([decode(vae, mean * vae.config.scaling_factor) for mean in means])
             fitted = {row["file_name"] for row in training_rows}
             followed, findings_sheet = follow_prompts(
-                args, pipeline, keep, rows, fitted, config["fold"], all_films, round_trip
+                args, pipeline, once, rows, fitted, config["fold"], all_films, round_trip
             )
 
     measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
@@ -422,9 +410,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     tables, said = report_fold(metrics)
     write_fold_page(output_dir, metrics, tables, said, run_dir / "curves.png")
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
-    for path in output_dir.glob(UNFINISHED.format("*")):
-        path.write_bytes(b"")  # in place: what is deleted from a mounted Drive keeps its room there for weeks
-        path.unlink()
+    forget(output_dir)
     if args.output_dir is None and (run_dir / "README.md").is_file():
         write_card(run_dir, data_dir)  # with what the audit found
     for table, _ in tables.values():
@@ -496,8 +482,9 @@ def summarise_sets(
     """Measure films as points in a feature space, and compare sets of them.
 
     Returns:
-        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual`, `tstr` and the part of `by_group` that is about
-        sets, of `metrics.json`; the features of held-out films, and of those generated from their captions; rows of `readings.jsonl`; and the suspects of `audit.suspects`.
+        `distribution`, `variety`, `memorisation`, `alignment`, `counterfactual`, `tstr` and, of sets, `by_group` of
+        `metrics.json`; the features of held-out films and of those generated from their captions; rows of
+        `readings.jsonl`; and the suspects of `audit.suspects`.
     """
     bank, measure = drawn.bank, partial(measure_films, space)
     films_of = {
@@ -578,14 +565,8 @@ def summarise_sets(
         for name, of in groups.items()
     }
     readings = [
-        {
-            "file_name": row["file_name"],
-            "patient_id": patient,
-            "view": view,
-            "new_caption": new,
-            "groups": of_film,
-            "asserted": told,
-        }
+        {"file_name": row["file_name"], "patient_id": patient, "view": view, "new_caption": new}
+        | {"groups": of_film, "asserted": told}
         | {kind: {label: float(of[i]) for label, of in by_label.items()} for kind, by_label in scores.items()}
         for i, (row, patient, view, new, of_film, told) in enumerate(
             zip(drawn.held_out_rows, bank.patients, views, is_new, values, asserted, strict=True)
@@ -632,7 +613,7 @@ def draw_pictures(
 def follow_prompts(
     args: argparse.Namespace,
     pipeline: StableDiffusionPipeline,
-    keep: Callable,
+    once: Callable,
     rows: Sequence[dict],
     fitted: set[str],
     held_out_fold: int,
@@ -644,7 +625,7 @@ def follow_prompts(
     Args:
         args: the command line.
         pipeline: with the adapter on.
-        keep: `kept`, of this evaluation.
+        once: `unfinished.keep` of this evaluation.
         rows: the whole table, with boxes.
         fitted: file names of the training films, on which the reader is calibrated.
         held_out_fold: whose captions are prompts.
@@ -669,7 +650,7 @@ def follow_prompts(
     for model in ("base", "adapter"):
         pipeline.disable_lora() if model == "base" else pipeline.enable_lora()
         generated[model] = draw_films(
-            args, pipeline, films.shape[1], keep, [prompt.caption for prompt in prompts], f"prompted, {model}", seeds
+            args, pipeline, films.shape[1], once, [prompt.caption for prompt in prompts], f"prompted, {model}", seeds
         )  # fmt: skip
         rates[model] = follow_rates(extract(encoder, generated[model]), prompts, thresholds)
 
@@ -689,12 +670,15 @@ def draw_films(
     args: argparse.Namespace,
     pipeline: StableDiffusionPipeline,
     resolution: int,
-    keep: Callable,
+    once: Callable,
     captions: Sequence[str],
     doing: str,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
-    """Generate a film a caption, of seeds from --seed on where none are given, uint8 [len(captions), H, W]."""
+    """Generate a film a caption, of seeds from --seed on where none are given, uint8 [len(captions), H, W].
+
+    `once` is `unfinished.keep` of this evaluation.
+    """
     seeds = seeds or [args.seed + i for i in range(len(captions))]
     if not captions:
         return torch.empty(0, resolution, resolution, dtype=torch.uint8)
@@ -705,45 +689,7 @@ def draw_films(
         )
         return {"films": torch.stack(list(tqdm(films, doing, len(captions), unit="film")))}
 
-    return keep(doing, [list(captions), list(seeds)], make)["films"]
-
-
-def kept(
-    output_dir: Path, made_of: list, name: str, what: list, make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Return what `make` returns, from a file where an evaluation that was cut off has left it, else into one.
-
-    Args:
-        output_dir: the evaluation's.
-        made_of: whatever decides what comes out: models, settings, versions.
-        name: of what is made, unlike that of all else.
-        what: films or captions and seeds that it is made of.
-        make: draws or scores.
-    """
-    key = hashlib.sha256(json.dumps([made_of, what], sort_keys=True, default=str).encode()).hexdigest()
-    path = output_dir / UNFINISHED.format(re.sub(r"[^a-z]+", "-", name))
-    try:
-        with safe_open(path, framework="pt") as file:
-            if file.metadata() == {"key": key}:
-                print(f"{name}: from {path}, which an unfinished evaluation left")
-                return {tensor: file.get_tensor(tensor) for tensor in sorted(file.keys())}
-    except (FileNotFoundError, SafetensorError):  # none, or half of one
-        pass
-    made = dict(sorted(make().items()))
-    write_bytes(path, save({tensor: values.contiguous() for tensor, values in made.items()}, {"key": key}))
-    return made
-
-
-def join_groups(*parts: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
-    """Return figures by attribute and value, of several parts that hold the same groups, in one."""
-    first, *others = parts
-    return {
-        name: {
-            value: figures | {k: v for part in others for k, v in part[name][value].items()}
-            for value, figures in of.items()
-        }
-        for name, of in first.items()
-    }
+    return once(doing, [list(captions), list(seeds)], make)["films"]
 
 
 def pairs_of(films: Tensor, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -879,17 +825,8 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     write_json(output_dir / "summary.json", record)
     table = io.StringIO()
     writer = csv.writer(table)
-    ends = ["low", "high"]
-    heads = [
-        "figure",
-        "mean",
-        "sd",
-        *ends,
-        *(f"fold{number}" for number in numbers),
-        "pooled",
-        *(f"pooled_{end}" for end in ends),
-    ]
-    writer.writerow(heads)
+    by_fold = (f"fold{number}" for number in numbers)
+    writer.writerow(["figure", "mean", "sd", "low", "high", *by_fold, "pooled", "pooled_low", "pooled_high"])
     for name, row in (summary | record["sets"]).items():
         pooled = [row["pooled"], *row["pooled_interval"]] if "pooled" in row else [""] * 3
         writer.writerow([name, row["mean"], row["sd"], *row["interval"], *row["by_fold"], *pooled])

@@ -252,7 +252,10 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def gather_prompts(args: argparse.Namespace) -> tuple[list[Prompt], int]:
-    """Return all that the command line asks for, its own prompts, those of a file, of a grid, of a held-out fold; and how many were given."""
+    """Return all that the command line asks for, and how many prompts that was before equal ones were put together.
+
+    Its own, those of a file, of a grid, of a held-out fold.
+    """
     prompts = typed_prompts(args.prompt)
     if args.prompts_file is not None:
         prompts += read_prompts(args.prompts_file)
@@ -289,9 +292,8 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict
     files = [find_adapter(path) for path in args.lora]
     adapters = [read_adapter(file) for file in files]
     for name in ("base", "resolution", "revision", "variant", "rescale_betas_zero_snr"):
-        told = [
-            header.get("settings", {}) | header for _, header in adapters
-        ]  # settings may have them as asked for: None
+        # The settings may have them as they were asked for, None; the header as they were resolved
+        told = [header.get("settings", {}) | header for _, header in adapters]
         values = {of.get(name) or None: file for file, of in zip(files, told, strict=True) if "base" in of}
         if len(values) > 1:
             listed = ", ".join(f"{file} has {value}" for value, file in values.items())

@@ -128,7 +128,7 @@ def test_films_of_new_patients_are_not_taken_for_memorised(spaces: dict) -> None
 
 
 def test_one_copy_among_many_films_convicts(spaces: dict, films: torch.Tensor) -> None:
-    """Also one that has been through an autoencoder; a blurred film is none, nor is what held-out films are as like to."""
+    """Also one that has been through an autoencoder; nothing is one that films at hand are as like to."""
     asked = {space: films[:SIZE].clone() for space, films in spaces["pool"].items()}
     trained = {space: films[SIZE : 2 * SIZE : 3] for space, films in spaces["pool"].items()}
     everything = {space: films[SIZE:] for space, films in spaces["pool"].items()}
@@ -144,7 +144,6 @@ def test_one_copy_among_many_films_convicts(spaces: dict, films: torch.Tensor) -
         after = thumbnails(decode(vae, latents * vae.config.scaling_factor))
     assert count_copies(after, pixels["held_out"], pixels["pool"]) == 4
     assert count_copies(pixels["pool"], pixels["held_out"], pixels["training"]) == 0
-    assert count_copies(pixels["blurred"], pixels["held_out"], pixels["pool"]) < SIZE
     blank = torch.zeros(2, 1024)
     assert count_copies(blank, torch.cat([blank, pixels["pool"]]), pixels["held_out"]) == 0
     assert count_copies(after, pixels["held_out"], pixels["held_out"]) == 0, "the others are as like"

@@ -18,7 +18,7 @@ LICENSES = {
     ),
 }
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")  # folders of a base that it is loaded from
-READ = (".json", ".safetensors", ".txt")
+READ = (".json", ".safetensors", ".txt")  # suffixes of files in them that decide what it draws
 UNKNOWN = ("other", "see the base model's own page; its terms bind this adapter too")
 
 CARD = """---

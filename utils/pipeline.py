@@ -253,9 +253,8 @@ def put_on_adapter(pipeline: StableDiffusionPipeline, state: dict[str, Tensor], 
             "the adapter is DoRA in kohya's form, of which diffusers drops the lengths; expected diffusers' form"
         )
     verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(
-        diffusers.utils.logging.CRITICAL
-    )  # a line each for the layers that do not fit
+    # It has a line for each layer that does not fit, where ours says it once
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     try:
         pipeline.load_lora_weights(dict(state), adapter_name=name)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -55,6 +55,14 @@ def subgroups(values: Sequence[dict]) -> dict[str, dict[str, list[int]]]:
     return {name: of for name, of in ordered.items() if len(of.keys() - {NOT_KNOWN}) > 1}
 
 
+def join_groups(one: dict[str, dict[str, dict]], other: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    """Return figures by attribute and value of two parts that hold the same groups, in one."""
+    return {
+        attribute: {value: figures | other[attribute][value] for value, figures in of.items()}
+        for attribute, of in one.items()
+    }
+
+
 def age_band(age: object) -> str | None:
     """Return "40 to 59" for 45, None for what is no age in years."""
     try:
