@@ -459,6 +459,7 @@ def choose_kernels(
     num_processes: int,
 ) -> None:
     """Switch on what the command line asks for and this machine can do; what it cannot is warned of, by name."""
+    leave_out_cudnn_attention(unet)
     if device.type == "cpu":
         use_frozen_products(unet, text_encoder)
     if args.gradient_checkpointing:
@@ -679,7 +680,6 @@ def main(args: argparse.Namespace) -> int:
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    leave_out_cudnn_attention()
     say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
     say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "

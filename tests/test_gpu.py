@@ -1,10 +1,12 @@
 """What only a CUDA device can show: `pytest -m gpu`. Tiny models, seconds each."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import sdpa_kernel
 
 import generate
 import train_lora
@@ -12,7 +14,7 @@ from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils import hardware
 from utils.checkpoint import load_checkpoint
-from utils.hardware import capture_graph, xformers_problem
+from utils.hardware import CUDNN_TILE, SDPA_KERNELS, capture_graph, xformers_problem
 from utils.provenance import read_png
 from utils.release import WEIGHTS_NAME
 
@@ -59,8 +61,9 @@ def test_a_replayed_step_adds_gradients_up_and_stops_the_text_encoder(
         train(tiny_base, tiny_data, tmp_path / name, *more, *flag, precision=precision)
         ends.append([load_checkpoint(tmp_path / name / f"checkpoint-{step}")[1]["adapters"] for step in (4, 8)])
     assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "launched"), rel=1e-3)
-    launched, replayed = (steps[1] for steps in ends)
-    torch.testing.assert_close(replayed, launched, rtol=1e-2, atol=1e-3)
+    # As a whole: Adam makes a step of the smallest gradients, too, whose sign is rounding
+    launched, replayed = (torch.cat([tensor.flatten() for tensor in steps[1].values()]) for steps in ends)
+    assert (replayed - launched).norm() <= 1e-2 * launched.norm()
     for steps in ends:
         still = [name for name in steps[0] if torch.equal(steps[0][name], steps[1][name])]
         assert still == [name for name in steps[0] if name.startswith("text_encoder.")]
@@ -80,12 +83,13 @@ def test_scores_far_below_zero_have_gradients_where_training_has_been(
     """On Hopper cuDNN's attention makes NaN of some: see `leave_out_cudnn_attention`."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", precision="bf16")
-    for tokens in (16, 64, 77, 192):
+    for tokens in (16, 64, 77, 128, 192, 1024):
         query, key, value = (torch.randn(2, 4, tokens, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         query[..., 0], key[..., 0] = 1.0, -120 * 32**0.5  # after scaling every score is about -120
         inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
         for mask in (None, torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril()):
-            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            with nullcontext() if mask is not None or tokens % CUDNN_TILE else sdpa_kernel(SDPA_KERNELS):
+                output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             gradients = torch.autograd.grad(output, inputs, torch.randn_like(output))
             assert all(gradient.isfinite().all() for gradient in gradients)
 

@@ -9,6 +9,7 @@ from multiprocessing.queues import SimpleQueue
 
 import pytest
 import torch
+from diffusers import Transformer2DModel, UNet2DConditionModel
 
 from tests.conftest import HANG_S, ROOT
 from tests.processes import SERVER
@@ -91,6 +92,41 @@ def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def unet_and_inputs() -> tuple[UNet2DConditionModel, tuple[torch.Tensor, ...]]:
+    """Return a UNet of 256 and 64 tokens beside a text of 7, and what it takes."""
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), norm_num_groups=4, cross_attention_dim=32, layers_per_block=1,
+        down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2,
+    )  # fmt: skip
+    return unet, (torch.randn(2, 4, 16, 16), torch.tensor([1, 500]), torch.randn(2, 7, 32))
+
+
+def test_cudnns_attention_serves_full_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, attend = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        seen.add((query.shape[2], key.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(query, key, *args, **kwargs)
+
+    unet, inputs = unet_and_inputs()
+    expected = unet(*inputs).sample
+    hardware.leave_out_cudnn_attention(unet)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    assert torch.equal(unet(*inputs).sample, expected)
+    assert seen == {(256, 256, True), (256, 7, False), (64, 64, False), (64, 7, False)}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_choice_of_kernels_is_traced_whole() -> None:
+    unet, inputs = unet_and_inputs()
+    expected = unet(*inputs).sample
+    hardware.leave_out_cudnn_attention(unet)
+    for block in (block for block in unet.modules() if isinstance(block, Transformer2DModel)):
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(unet(*inputs).sample, expected)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_freed_memory_comes_back_without_the_system() -> None:
     """In a process of its own: what it sets stays set."""
     counts = SERVER.SimpleQueue()

@@ -6,16 +6,23 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate.utils import find_executable_batch_size, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.refusal import Refused
+
+CUDNN_TILE = 128  # tokens
+SDPA_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 
 def choose_mixed_precision(flag: str | None) -> str:
@@ -99,14 +106,29 @@ def warn_about_xformers(problem: str) -> None:
     warnings.warn(f"{problem}: attention runs on PyTorch's scaled_dot_product_attention instead", stacklevel=2)
 
 
-def leave_out_cudnn_attention() -> None:
-    """Have PyTorch's attention choose among other kernels than cuDNN's, whose gradients can be NaN at a healthy loss.
+def leave_out_cudnn_attention(unet: UNet2DConditionModel) -> None:
+    """Have PyTorch's attention choose among other kernels than cuDNN's, but for a UNet's tokens that fill their tiles.
 
-    On Hopper it prefers those. As reported with a mask (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072),
-    they score what is empty in a tile of tokens 0: where all scores of a query are below -88, exp(0 - log-sum-exp)
-    overflows fp32, and times an empty row's 0 is NaN.
+    On Hopper it prefers cuDNN's, whose gradients can be NaN at a healthy loss. As reported with a mask
+    (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072), they score what is empty in a tile of tokens 0:
+    where all scores of a query are below -88, exp(0 - log-sum-exp) overflows fp32, and times an empty row's 0 is NaN.
+    Full tiles have no such rows, and there cuDNN takes 0.6 of the next best's time (RESULTS.md, attention).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    unet.set_attn_processor(FullTilesAttnProcessor())
+
+
+class FullTilesAttnProcessor(AttnProcessor2_0):
+    """diffusers' attention, for which cuDNN's kernels may be taken where queries and keys fill their tiles of tokens."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
+    ) -> Tensor:
+        queries = hidden_states.flatten(2).shape[-1] if hidden_states.ndim == 4 else hidden_states.shape[1]
+        keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        full = queries % CUDNN_TILE == 0 == keys % CUDNN_TILE
+        with sdpa_kernel(SDPA_KERNELS) if full else nullcontext():
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
 def choose_adamw(use_8bit: bool, device: torch.device) -> type[torch.optim.Optimizer]:

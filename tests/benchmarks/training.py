@@ -56,7 +56,14 @@ from utils import linear
 from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
-from utils.hardware import capture_graph, compile_blocks, has_native_bf16, keep_freed_memory, use_all_cores
+from utils.hardware import (
+    capture_graph,
+    compile_blocks,
+    has_native_bf16,
+    keep_freed_memory,
+    leave_out_cudnn_attention,
+    use_all_cores,
+)
 from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
 from utils.linear import use_frozen_products
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
@@ -381,6 +388,7 @@ def ours(
     cast_frozen(unet, accelerator.mixed_precision)
     if "lora" not in savings:
         use_pefts_layers(unet, text_encoder)
+    leave_out_cudnn_attention(unet)
     if device.type == "cpu":
         linear.HAS_ONEDNN = "products" in savings
         use_frozen_products(unet, text_encoder)
