@@ -238,9 +238,9 @@ def test_compiled_blocks_learn_what_plain_ones_do(
     more = ("--max_train_steps", "4", "--validation_steps", "2", *more)
     compiled, compile_module = [], torch.nn.Module.compile
 
-    def trace(module: torch.nn.Module, **options) -> None:
+    def trace(module: torch.nn.Module, fullgraph: bool, dynamic: bool, options: dict | None = None) -> None:
         compiled.append(type(module))
-        compile_module(module, backend="aot_eager", **options)
+        compile_module(module, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
     train(tiny_base, tiny_data, tmp_path / "plain", *more)

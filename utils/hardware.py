@@ -168,8 +168,12 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
     """
     torch._dynamo.config.recompile_limit = 128  # a graph for every width and side, once more where gradients differ
     for block in unet.modules():
-        if isinstance(block, Transformer2DModel | ResnetBlock2D):
+        if isinstance(block, ResnetBlock2D):
             block.compile(fullgraph=True, dynamic=False)
+        elif isinstance(block, Transformer2DModel):
+            # For the convolutions at its ends PyTorch would copy all that has four dimensions into their layout, the
+            # queries, keys and values of every head, too
+            block.compile(fullgraph=True, dynamic=False, options={"layout_optimization": False})
 
 
 def capture_graph(
