@@ -89,7 +89,7 @@ from utils.report import contact_sheet, save_png
 from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
-from utils.tokens import fit_captions
+from utils.tokens import fit_captions, read_of
 from utils.webpage import EXAMPLES, MOST_IMAGES, Wish, build_page
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
@@ -412,14 +412,18 @@ def memory_advice(args: argparse.Namespace, accelerator: Accelerator) -> str:
     return "lower --batch_size or --resolution" + (", or add --no_cuda_graph" if replays(args, accelerator) else "")
 
 
-def tell_long_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> None:
-    """Say what of which prompts is drawn, where the text encoder's window does not hold all of it."""
+def long_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> list[str]:
+    """Return in words what of which prompts is drawn, where the text encoder's window does not hold all of it."""
     texts = [text for prompt in prompts for text in (prompt.text, prompt.negative) if text]
-    long = [kept for text, kept in zip(texts, fit_captions(pipeline.tokenizer, texts), strict=True) if kept != text]
-    for kept in long[:LISTED]:
-        print(f"longer than {pipeline.tokenizer.model_max_length} tokens, drawn from its beginning: {kept}")
-    if len(long) > LISTED:
-        print(f"{len(long) - LISTED} more prompts are longer, too")
+    fitted = fit_captions(pipeline.tokenizer, texts)
+    read = read_of(pipeline.tokenizer, fitted)
+    long = [(drawn, drawn != kept) for text, kept, drawn in zip(texts, fitted, read, strict=True) if drawn != text]
+    notes = [
+        f"longer than {pipeline.tokenizer.model_max_length} tokens, "
+        f"{'cut within a sentence' if cut else 'drawn from its beginning'}: {drawn}"
+        for drawn, cut in long[:LISTED]
+    ]
+    return notes + ([f"{len(long) - LISTED} more prompts are longer, too"] if len(long) > LISTED else [])
 
 
 def noise_seed(request: dict, attempt: int) -> int:
@@ -504,8 +508,8 @@ def main(args: argparse.Namespace) -> None:
     init_image, begun = read_init_image(args, resolution)
     if init_image is not None:
         accelerator.print("images that begin at a film show its patient: share them no further than that film")
-    if accelerator.is_main_process:
-        tell_long_prompts(pipeline, prompts)
+    for note in long_prompts(pipeline, prompts):
+        accelerator.print(note)
 
     # What is asked for, less what an earlier call of the same command has made
     by_prompt = requests_of(args, prompts, model | settings_of(args) | begun)
@@ -605,7 +609,7 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     with tempfile.TemporaryDirectory() as shown:  # a visitor is given copies, and nothing else of --output_dir
 
-        def answer(wish: Wish) -> dict[Path, list[str]]:
+        def answer(wish: Wish) -> tuple[dict[Path, list[str]], list[str]]:
             asked = with_flags(
                 args, **vars(wish) | {"lora": [wish.lora] if wish.lora else [], "lora_scale": [wish.lora_scale]}
             )
@@ -620,7 +624,8 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 due = find_due(args.output_dir, requests, args.reject)
                 draw(asked, accelerator, pipeline, quality, None, requests, dict.fromkeys(requests, {}), due)
             rows = settle_records(args.output_dir, list(requests))
-            return {Path(shutil.copy(args.output_dir / row["file_name"], shown)): row["flags"] for row in rows}
+            copies = {Path(shutil.copy(args.output_dir / row["file_name"], shown)): row["flags"] for row in rows}
+            return copies, long_prompts(pipeline, prompts)
 
         first = Wish(
             prompt=args.prompt[0] if args.prompt else EXAMPLES[0], negative_prompt=args.negative_prompt, lora=None,

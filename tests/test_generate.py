@@ -192,3 +192,12 @@ def test_a_long_prompt_is_fitted_as_captions_are_and_says_so(
     (short,) = make(tiny_base, tmp_path / "short", *asking(kept))
     assert "longer than" not in capsys.readouterr().out
     np.testing.assert_array_equal(pixels(tmp_path / "long", long), pixels(tmp_path / "short", short))
+
+    # A sentence that no window holds is cut within, as the tokenizer does
+    endless = "Chest radiograph of " + "a large " * 80 + "effusion. "
+    (long,) = make(tiny_base, tmp_path / "endless", *asking(endless))
+    (cut,) = [line for line in capsys.readouterr().out.splitlines() if "longer than 77 tokens" in line]
+    assert "cut within a sentence: Chest radiograph of a large" in cut and "effusion" not in cut
+    (short,) = make(tiny_base, tmp_path / "cut", *asking(cut.partition(": ")[2]))
+    assert "longer than" not in capsys.readouterr().out
+    np.testing.assert_array_equal(pixels(tmp_path / "endless", long), pixels(tmp_path / "cut", short))

@@ -39,7 +39,7 @@ def test_adapters_are_found_by_run_by_folder_of_runs_and_by_file(tmp_path: Path)
 def test_without_gradio_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(Refused, match="pip install -r requirements-page.txt"):
-        build_page(lambda wish: [], [], FIRST)
+        build_page(lambda wish: ({}, []), [], FIRST)
 
 
 class Drawing:
@@ -48,14 +48,14 @@ class Drawing:
     def __init__(self, folder: Path):
         self.folder, self.wishes = folder, []
 
-    def __call__(self, wish: Wish) -> dict[Path, list[str]]:
+    def __call__(self, wish: Wish) -> tuple[dict[Path, list[str]], list[str]]:
         if wish.seed == 13:
             raise Refused("an unlucky number")
         self.wishes.append(wish)
         paths = [self.folder / f"{len(self.wishes)}_{j}.png" for j in range(wish.num_images)]
         for path in paths:
             Image.new("L", (64, 64), 40 * len(self.wishes)).save(path)
-        return {path: ["blank"] * j for j, path in enumerate(paths)}  # the second is flagged
+        return {path: ["blank"] * j for j, path in enumerate(paths)}, ["too long"]  # the second is flagged
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_base_and_adapter_draw_from_the_same_noise(served, tmp_path: Path) -> No
     page, drawing = served
     client = pytest.importorskip("gradio_client").Client(page.local_url, verbose=False)
     adapter = str(tmp_path / "out" / "fold1")
-    by_base, by_adapter, files = client.predict(
+    by_base, by_adapter, files, noted = client.predict(
         "PA film.", adapter, 7, 3.5, 2, "blurred", 9, 0.8, api_name="/generate"
     )
     base, adapted = drawing.wishes
@@ -84,7 +84,7 @@ def test_base_and_adapter_draw_from_the_same_noise(served, tmp_path: Path) -> No
         == [image["caption"] for image in by_adapter]
         == ["seed 7", "seed 8, blank"]
     )
-    assert len(files) == 4
+    assert (len(files), noted) == (4, "too long")
     alone = client.predict("PA film.", NO_ADAPTER, 0, 4.0, 1, "", 5, 1.0, api_name="/generate")
     assert (len(alone[0]), alone[1], drawing.wishes[-1].lora) == (1, [], None)
     for prompt, seed, message in ((" ", 7, "no prompt"), ("PA film.", 13, "an unlucky number")):

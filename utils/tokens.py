@@ -34,6 +34,15 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     return tokenizer(fit_captions(tokenizer, captions), return_tensors="pt", **options).input_ids
 
 
+def read_of(tokenizer: CLIPTokenizer, fitted: Sequence[str]) -> list[str]:
+    """Return fitted captions as far as the tokenizer reads them: short of their end where it cuts within a sentence."""
+    if not fitted:
+        return []
+    options = dict(truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
+    ends = [max(end for _, end in places) for places in tokenizer(list(fitted), **options).offset_mapping]
+    return [caption[:end] if caption[end:].strip() else caption for caption, end in zip(fitted, ends, strict=True)]
+
+
 class TokenizedCaptions:
     """Captions tokenised once. Item i is the whole caption, as `tokenize` gives it, int64 [L].
 

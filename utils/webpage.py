@@ -44,11 +44,11 @@ def find_adapters(folders: Sequence[Path]) -> dict[str, Path]:
     return {str(path): path for path in found}
 
 
-def build_page(draw: Callable[[Wish], dict[Path, list[str]]], folders: Sequence[Path], first: Wish):
+def build_page(draw: Callable[[Wish], tuple[dict[Path, list[str]], list[str]]], folders: Sequence[Path], first: Wish):
     """Return the page, a `gradio.Blocks`.
 
     Args:
-        draw: returns the PNGs that were asked for, each with what quality control found wrong with it.
+        draw: returns the PNGs that were asked for, each with what quality control found wrong with it, and notes.
         folders: where adapters are looked for, each time that the page is opened.
         first: what the page shows when it is opened.
 
@@ -80,15 +80,15 @@ def build_page(draw: Callable[[Wish], dict[Path, list[str]]], folders: Sequence[
         chosen = find_adapters(folders).get(adapter)
         wish = Wish(prompt, negative, chosen, scale, int(seed or 0), int(count), guidance, int(steps))
         try:
-            by_base = draw(Wish(**vars(wish) | {"lora_scale": 0.0}))
-            by_adapter = draw(wish) if chosen else {}
+            by_base, notes = draw(Wish(**vars(wish) | {"lora_scale": 0.0}))
+            by_adapter = draw(wish)[0] if chosen else {}
         except Refused as refusal:
             raise gradio.Error(str(refusal), print_exception=False) from refusal
         captioned = [
             [(str(path), ", ".join([f"seed {wish.seed + j}", *flags])) for j, (path, flags) in enumerate(part.items())]
             for part in (by_base, by_adapter)
         ]
-        return *captioned, list(map(str, [*by_base, *by_adapter]))
+        return *captioned, list(map(str, [*by_base, *by_adapter])), "\n\n".join(notes)
 
     with gradio.Blocks(title=TITLE) as page:
         gradio.Markdown(f"# {TITLE}\n{WHAT_IT_IS_NOT}")
@@ -121,10 +121,13 @@ def build_page(draw: Callable[[Wish], dict[Path, list[str]]], folders: Sequence[
                 shown = dict(columns=2, object_fit="contain", height="auto", format="png", interactive=False)
                 by_base = gradio.Gallery(label="The base alone, same noise", elem_id="base", **shown)
                 by_adapter = gradio.Gallery(label="With the adapter", elem_id="with_adapter", **shown)
+                noted = gradio.Markdown()
                 files = gradio.File(
                     label="Download: each PNG says how it was made", file_count="multiple", interactive=False
                 )
         asked = [prompt, adapter, seed, guidance, count, negative, steps, scale]
-        gradio.on([button.click, prompt.submit], answer, asked, [by_base, by_adapter, files], api_name="generate")
+        gradio.on(
+            [button.click, prompt.submit], answer, asked, [by_base, by_adapter, files, noted], api_name="generate"
+        )
         page.load(lambda: gradio.update(choices=offered()), outputs=adapter, api_name=False)
     return page
