@@ -343,13 +343,14 @@ def load_model(
     if resolution < 1 or resolution % base.pixel_multiple:
         raise Refused(f"--resolution {resolution}; this base needs a multiple of {base.pixel_multiple}")
 
+    pipeline = assemble(base, args.scheduler)
     most = base.noise_scheduler.config.num_train_timesteps // 2 - 1  # beyond it solvers begin amid the noise schedule
+    most = min(most, pipeline.scheduler.config.get("original_inference_steps", most))
     if args.num_inference_steps > most:
         raise Refused(
-            f"--num_inference_steps {args.num_inference_steps}; this base's noise schedule has room for {most}"
+            f"--num_inference_steps {args.num_inference_steps}; {args.scheduler} has room for {most} on this base's noise "
+            "schedule"
         )
-
-    pipeline = assemble(base, args.scheduler)
     try:
         merge_adapters(pipeline, [(state, scale) for (state, _), scale in zip(adapters, scales, strict=True)])
     except Refused as refusal:

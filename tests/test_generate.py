@@ -156,8 +156,10 @@ def test_the_decoder_beside_an_adapter_is_used_named_and_switched_off(
         make(tiny_base, tmp_path / "wrong", *asked)
 
 
-@pytest.mark.parametrize("scheduler", sorted(generate.SCHEDULERS))
-def test_every_scheduler_named_in_the_help_runs(tiny_base: Path, tmp_path: Path, scheduler: str) -> None:
+@pytest.mark.parametrize("scheduler", [*sorted(generate.SCHEDULERS), "LCMScheduler", "TCDScheduler"])
+def test_schedulers_run_those_of_the_help_and_those_of_few_steps(
+    tiny_base: Path, tmp_path: Path, scheduler: str
+) -> None:
     row = make(tiny_base, tmp_path, *asking(PROMPTS[0]), "--scheduler", scheduler)[0]
     assert pixels(tmp_path, row).std() > 0
 

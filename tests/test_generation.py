@@ -398,6 +398,7 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         (["--init_image", "f.png", "--dicom"], "take one of them"),
         (["--seed", str(2**64)], "--seed 18446744073709551616"),
         (["--num_inference_steps", "600"], "has room for 499"),
+        (["--scheduler", "LCMScheduler", "--num_inference_steps", "51"], "LCMScheduler has room for 50"),
         (["--resolution", "0"], "--resolution 0"),
         (["--scheduler", "EDMEulerScheduler"], "--scheduler EDMEulerScheduler"),
         (["--serve", "--port", "99999"], "--port 99999"),

@@ -45,6 +45,8 @@ SCHEDULERS = {
 }
 # Noise of its own that no seed governs; timesteps and scales that no Stable Diffusion was trained with
 UNSUITED = {"DPMSolverSDEScheduler", "EDMEulerScheduler"}
+# For adapters distilled into few steps, beside ours by a second --lora; diffusers counts them as compatible with none
+FEW_STEPS = {"LCMScheduler", "TCDScheduler"}
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     """
     known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     found = SCHEDULERS.get(name, known)
-    usable = {kind.__name__ for kind in DDPMScheduler().compatibles} - UNSUITED
+    usable = {kind.__name__ for kind in DDPMScheduler().compatibles} - UNSUITED | FEW_STEPS
     if found is None or found.__name__ not in usable:
         raise Refused(f"--scheduler {name}; expected {', '.join(SCHEDULERS)}, or {', '.join(sorted(usable))}")
     return found
