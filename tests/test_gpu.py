@@ -14,7 +14,7 @@ from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
 from utils import hardware
 from utils.checkpoint import load_checkpoint
-from utils.hardware import CUDNN_TILE, SDPA_KERNELS, capture_graph, xformers_problem
+from utils.hardware import CUDNN_LEAST, SDPA_KERNELS, capture_graph, xformers_problem
 from utils.provenance import read_png
 from utils.release import WEIGHTS_NAME
 
@@ -83,12 +83,12 @@ def test_scores_far_below_zero_have_gradients_where_training_has_been(
     """On Hopper cuDNN's attention makes NaN of some: see `leave_out_cudnn_attention`."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "1", precision="bf16")
-    for tokens in (16, 64, 77, 128, 192, 1024):
+    for tokens in (16, 64, 77, 192, 1024):
         query, key, value = (torch.randn(2, 4, tokens, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         query[..., 0], key[..., 0] = 1.0, -120 * 32**0.5  # after scaling every score is about -120
         inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
         for mask in (None, torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril()):
-            with nullcontext() if mask is not None or tokens % CUDNN_TILE else sdpa_kernel(SDPA_KERNELS):
+            with nullcontext() if mask is not None or tokens < CUDNN_LEAST else sdpa_kernel(SDPA_KERNELS):
                 output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             gradients = torch.autograd.grad(output, inputs, torch.randn_like(output))
             assert all(gradient.isfinite().all() for gradient in gradients)

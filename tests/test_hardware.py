@@ -93,15 +93,15 @@ def test_without_a_kernel_xformers_is_named_and_not_fatal() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def unet_and_inputs() -> tuple[UNet2DConditionModel, tuple[torch.Tensor, ...]]:
-    """Return a UNet of 256 and 64 tokens beside a text of 7, and what it takes."""
+    """Return a UNet of 1,024 and 256 tokens beside a text of 7, and what it takes."""
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), norm_num_groups=4, cross_attention_dim=32, layers_per_block=1,
+        sample_size=32, block_out_channels=(16, 32), norm_num_groups=4, cross_attention_dim=32, layers_per_block=1,
         down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2,
     )  # fmt: skip
-    return unet, (torch.randn(2, 4, 16, 16), torch.tensor([1, 500]), torch.randn(2, 7, 32))
+    return unet, (torch.randn(2, 4, 32, 32), torch.tensor([1, 500]), torch.randn(2, 7, 32))
 
 
-def test_cudnns_attention_serves_full_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnns_attention_serves_many_tokens_in_full_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, attend = set(), torch.nn.functional.scaled_dot_product_attention
 
     def watched(query: torch.Tensor, key: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_cudnns_attention_serves_full_tiles_alone(monkeypatch: pytest.MonkeyPatc
     hardware.leave_out_cudnn_attention(unet)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     assert torch.equal(unet(*inputs).sample, expected)
-    assert seen == {(256, 256, True), (256, 7, False), (64, 64, False), (64, 7, False)}
+    assert seen == {(1024, 1024, True), (1024, 7, False), (256, 256, False), (256, 7, False)}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

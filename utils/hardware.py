@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.refusal import Refused
 
-CUDNN_TILE = 128  # tokens
+CUDNN_TILE, CUDNN_LEAST = 128, 1024  # tokens; of fewer flash attention takes half of cuDNN's time
 SDPA_KERNELS = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 ]  # fmt: skip
@@ -107,26 +107,26 @@ def warn_about_xformers(problem: str) -> None:
 
 
 def leave_out_cudnn_attention(unet: UNet2DConditionModel) -> None:
-    """Have PyTorch's attention choose among other kernels than cuDNN's, but for a UNet's tokens that fill their tiles.
+    """Have PyTorch's attention choose among other kernels than cuDNN's, but for many tokens that fill their tiles.
 
     On Hopper it prefers cuDNN's, whose gradients can be NaN at a healthy loss. As reported with a mask
     (pytorch/pytorch#196678) and without (NVIDIA/cudnn-frontend#1072), they score what is empty in a tile of tokens 0:
     where all scores of a query are below -88, exp(0 - log-sum-exp) overflows fp32, and times an empty row's 0 is NaN.
-    Full tiles have no such rows, and there cuDNN takes 0.6 of the next best's time (RESULTS.md, attention).
+    Full tiles have no such rows, and of 4,096 tokens cuDNN takes 0.6 of flash attention's time (RESULTS.md, attention).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     unet.set_attn_processor(FullTilesAttnProcessor())
 
 
 class FullTilesAttnProcessor(AttnProcessor2_0):
-    """diffusers' attention, for which cuDNN's kernels may be taken where queries and keys fill their tiles of tokens."""
+    """diffusers' attention, for which cuDNN's kernels may be taken where queries and keys are many and fill their tiles."""
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
     ) -> Tensor:
         queries = hidden_states.flatten(2).shape[-1] if hidden_states.ndim == 4 else hidden_states.shape[1]
         keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        full = queries % CUDNN_TILE == 0 == keys % CUDNN_TILE
+        full = all(tokens >= CUDNN_LEAST and tokens % CUDNN_TILE == 0 for tokens in (queries, keys))
         with sdpa_kernel(SDPA_KERNELS) if full else nullcontext():
             return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 

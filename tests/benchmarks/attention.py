@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.hardware import CUDNN_TILE
+from utils.hardware import CUDNN_LEAST, CUDNN_TILE
 from utils.refusal import ArgumentParser, Refused, run
 
 KERNELS = {
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
             for name, kernel in KERNELS.items()
         }
         print(f"{f'{queries} x {keys}':<28}" + "".join(f"{count:>12,}" for count in counts.values()), flush=True)
-        full = queries % CUDNN_TILE == 0 == keys % CUDNN_TILE
+        full = all(tokens >= CUDNN_LEAST and tokens % CUDNN_TILE == 0 for tokens in (queries, keys))
         failures += [f"{name} at {queries} x {keys}" for name in counts if counts[name] and (full or name != "cuDNN")]
     print(f"fail: {', '.join(failures)}" if failures else "pass: what training takes has finite gradients")
     return int(bool(failures))
