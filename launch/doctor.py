@@ -122,6 +122,7 @@ def examine(named: str | None = None) -> Iterator[Finding]:
 
         import utils.pipeline
 
+        utils.pipeline.check_peft()
         # Tried out: peft looks for the packages that it knows only where a layer gets its adapter
         inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1)))
     except Exception as error:  # whatever packages made for one another's older versions raise

@@ -15,7 +15,7 @@ import train_lora
 from launch import doctor
 from launch.doctor import FILMS_A_STEP, Card, training_command
 from tests.conftest import ROOT, fake_package
-from utils import hardware
+from utils import hardware, pipeline
 from utils.pipeline import BUNDLED_BASE, STABLE_DIFFUSION
 from utils.refusal import Refused
 
@@ -177,6 +177,12 @@ def test_a_torchao_that_peft_refuses_is_a_fault(tmp_path: Path, monkeypatch: pyt
     last = list(doctor.examine())[-1]
     assert (last.what, last.fatal) == ("import", True)
     assert "incompatible version of torchao" in last.found and last.mend.startswith("pip uninstall -y torchao ")
+
+
+def test_a_peft_too_old_for_transformers_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MIN_PEFT_VERSION", "999.0")
+    last = list(doctor.examine())[-1]
+    assert last.fatal and "needs peft 999.0" in last.found and "-r requirements.txt" in last.mend
 
 
 def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

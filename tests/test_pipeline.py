@@ -16,6 +16,7 @@ import torch
 from transformers import CLIPTextModel
 
 from tests.conftest import ROOT, build_base
+from utils import pipeline
 from utils.pipeline import STABLE_DIFFUSION, assemble, load_base, sample, with_schedule
 from utils.refusal import Refused, run
 
@@ -134,6 +135,13 @@ def test_a_base_with_a_damaged_configuration_is_refused(own_base: Path, file: st
     path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
     with pytest.raises(Refused, match="cannot be loaded as a Stable Diffusion"):
         load_base(str(own_base))
+
+
+def test_a_peft_too_old_for_transformers_is_refused_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.24 came with, whose first adapter raised once all was loaded."""
+    monkeypatch.setattr(pipeline, "MIN_PEFT_VERSION", "999.0")
+    with pytest.raises(Refused, match=r"needs peft 999.0 and finds \d+.*pip install \"peft>=999.0\""):
+        load_base("/nowhere")
 
 
 def test_pndm_draws_in_few_steps(tiny_base: Path) -> None:

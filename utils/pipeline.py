@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 
 import diffusers
+import peft
 import torch
 import transformers
 from diffusers import (
@@ -26,6 +27,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from utils.hardware import is_cuda_used
 from utils.hub import HUB_ERRORS, why_unreachable
@@ -102,8 +105,9 @@ def load_base(
 
     Raises:
         Refused: for a folder without a Stable Diffusion, another kind of one (XL, inpainting), one with pickled weights
-            only, or an unreachable hub.
+            only, or an unreachable hub. And for a peft that is too old for transformers.
     """
+    check_peft()
     location = Path(name)
     if name == BUNDLED_BASE:
         location = ROOT / BUNDLED_BASE
@@ -160,6 +164,17 @@ def load_base(
     if words != vectors:  # without its files transformers makes up a tokenizer of two words
         raise Refused(f"{name}: its tokenizer has {words} words, its text encoder {vectors}; one of them is not whole")
     return base
+
+
+def check_peft() -> None:
+    """Refuse a peft that transformers takes no adapters of a text encoder from, before there are any."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise Refused(
+            f"transformers {transformers.__version__} needs peft {MIN_PEFT_VERSION} and finds {peft.__version__}; pip "
+            f'install "peft>={MIN_PEFT_VERSION}", or where there is none yet, pip install -r requirements.txt'
+        ) from error
 
 
 def with_schedule(
