@@ -287,7 +287,9 @@ def test_the_page_draws_what_the_command_line_draws_and_keeps_two_models(
     def build_page(answer, folders, first):
         def launch(**_):
             for scale in (0.0, 1.0, 0.0, 0.5, 0.0):
-                answers.extend(path.read_bytes() for path in answer(replace(wish, lora_scale=scale)))
+                images, notes = answer(replace(wish, lora_scale=scale))
+                answers.extend(path.read_bytes() for path in images)
+                assert not notes
             with pytest.raises(Refused, match="no prompt"):
                 answer(replace(wish, prompt=" "))
 

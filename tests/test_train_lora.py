@@ -453,7 +453,7 @@ def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
         train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
     with monkeypatch.context() as patch, pytest.raises(Refused, match="--validation_batch_size"):
         patch.setattr(train_lora, "score_model", out_of_memory)
-        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+        train(tiny_base, tiny_data, tmp_path / "validated", "--max_train_steps", "2")
     usage = shutil.disk_usage(tmp_path)
     with (
         monkeypatch.context() as patch,
@@ -461,7 +461,7 @@ def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
     ):
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
         patch.setattr(train_lora, "load_films", lambda *_: pytest.fail("films were encoded first"))
-        train(tiny_base, tiny_data, tmp_path / "run", "--max_train_steps", "2")
+        train(tiny_base, tiny_data, tmp_path / "full", "--max_train_steps", "2")
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
