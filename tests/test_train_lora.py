@@ -24,6 +24,7 @@ from utils.checkpoint import BEST_NAME, TENSORS_NAME, checkpoint_steps, load_che
 from utils.export import save_kohya
 from utils.files import write_jsonl
 from utils.folds import split_fold
+from utils.hardware import choose_adamw
 from utils.lora import adapter_state, read_adapter
 from utils.metadata import read_metadata
 from utils.pipeline import STABLE_DIFFUSION
@@ -165,7 +166,10 @@ def test_a_resumed_run_ends_in_the_same_bytes(
             for state in tensors["optimizer"]["state"].values()
             for moment in state.get("__bnb_optimizer_quant_state__", state).values()  # so nested by newer versions
         ]
-        assert {torch.uint8, torch.float32} == set(moments)
+        runs = (
+            choose_adamw(True, torch.device("cpu")) is not torch.optim.AdamW
+        )  # an older one has kernels for CUDA alone
+        assert set(moments) == ({torch.uint8, torch.float32} if runs else {torch.float32})
 
 
 def test_the_best_adapter_goes_with_the_checkpoint_that_is_gone_on_from(
