@@ -167,7 +167,11 @@ def load_base(
 
 
 def check_peft() -> None:
-    """Refuse a peft that transformers takes no adapters of a text encoder from, before there are any."""
+    """See whether transformers takes adapters on its text encoder from the peft that is installed.
+
+    Raises:
+        Refused: where it wants a newer one, which it would say only once all weights are loaded.
+    """
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
