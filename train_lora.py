@@ -54,9 +54,8 @@ from utils.checkpoint import (
     amend_checkpoint,
     clear_run,
     find_start,
-    forget_after,
+    go_back_to,
     prune_checkpoints,
-    restore_best,
     save_checkpoint,
 )
 from utils.decoder import adapt_decoder
@@ -639,6 +638,37 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
         ema.restore(parameters)
 
 
+def conclude(
+    args: argparse.Namespace, first_step: int, early_stopping: EarlyStopping, validations: list[dict], started: float
+) -> int:
+    """Write what sums a run up, say what its best adapter is worth, upload it where that is asked for.
+
+    Args:
+        first_step: that this call began at.
+        validations: the rows of validation.jsonl.
+        started: when this call began to train, on the monotonic clock.
+
+    Returns:
+        The exit status: 1 where the run is not to be uploaded.
+    """
+    run_dir = Path(args.output_dir)
+    rows = read_jsonl(run_dir / "log.jsonl")
+    draw_curves(run_dir / "curves.png", rows, validations)
+    write_card(run_dir, Path(args.train_data_dir))
+    print(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
+          f"{early_stopping.best:.4f}; {len(rows) - first_step} steps in {time.monotonic() - started:.0f} s")  # fmt: skip
+    print(f"adapter: {run_dir / WEIGHTS_NAME}")
+    if args.export == "kohya":
+        save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
+        print(f"for A1111 and ComfyUI: {run_dir / KOHYA_NAME}")
+    if args.push_to_hub:
+        if reason := why_not_upload(run_dir):
+            print(f"trained, but not uploaded: {reason}", file=sys.stderr)
+            return 1
+        print(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
+    return 0
+
+
 @explain_lost_process()
 @explain_out_of_memory(
     "training",
@@ -720,9 +750,22 @@ def main(args: argparse.Namespace) -> int:
     state, tensors, remark = find_start(
         run_dir, args.resume_from_checkpoint, settings, accelerator.num_processes, args.overwrite, device.type
     )
-    if len(set(gather_object([canonical_json(state)]))) > 1:
+    written = [run_dir / "config.json"] + [run_dir / DECODER_NAME] * (args.adapt_decoder_steps > 0)
+    is_over = state is not None and state["finished"] and all(path.is_file() for path in written)
+    if len(set(gather_object([canonical_json([state, is_over])]))) > 1:
         raise Refused(f"processes see different checkpoints in {run_dir}, a folder that lags behind; type this again")
     say(remark)
+
+    # Of a run that is over only what sums it up is written again, without base, latents or any film
+    if is_over:
+        status = 0
+        if accelerator.is_main_process:
+            go_back_to(run_dir, state, args.checkpoints_total_limit)
+            early_stopping = EarlyStopping(**state["early_stopping"])
+            status = conclude(args, state["step"], early_stopping, state["validations"], time.monotonic())
+            lock.close()
+        accelerator.end_training()
+        return status
 
     # The frozen base
     where = (args.revision, args.variant, args.cache_dir)
@@ -812,9 +855,7 @@ def main(args: argparse.Namespace) -> int:
         if state is None:
             clear_run(run_dir, keep_decoder=args.adapt_decoder_steps > 0)
         else:
-            restore_best(run_dir, first_step, early_stopping.best_step)
-            forget_after(run_dir, first_step, validations)
-        prune_checkpoints(run_dir, args.checkpoints_total_limit)  # what a kill kept from being deleted
+            go_back_to(run_dir, state, args.checkpoints_total_limit)
         write_json(run_dir / "config.json", config)
     accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
 
@@ -1032,24 +1073,10 @@ def main(args: argparse.Namespace) -> int:
             break
     leave.close()
 
-    # The result: the best adapter is in place already; say what it is worth
+    # The result: the best adapter is in place already
     status = 0
     if accelerator.is_main_process:
-        draw_curves(run_dir / "curves.png", read_jsonl(log), validations)
-        write_card(run_dir, data_dir)
-        seconds = time.monotonic() - started
-        say(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
-            f"{early_stopping.best:.4f}; {len(read_jsonl(log)) - first_step} steps in {seconds:.0f} s")  # fmt: skip
-        say(f"adapter: {run_dir / WEIGHTS_NAME}")
-        if args.export == "kohya":
-            save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
-            say(f"for A1111 and ComfyUI: {run_dir / KOHYA_NAME}")
-        if args.push_to_hub:
-            if reason := why_not_upload(run_dir):
-                print(f"trained, but not uploaded: {reason}", file=sys.stderr)
-                status = 1
-            else:
-                say(f"uploaded to {push(run_dir, args.hub_model_id, args.hub_token)}")
+        status = conclude(args, first_step, early_stopping, validations, started)
     accelerator.end_training()
     if lock is not None:
         lock.close()

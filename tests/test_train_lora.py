@@ -71,6 +71,23 @@ def test_changed_settings_refuse_to_resume_by_name(tiny_base: Path, tiny_data: P
     assert (tmp_path / "run" / WEIGHTS_NAME).read_bytes() == before
 
 
+def test_a_run_that_is_over_wants_neither_base_nor_films(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In a new Colab runtime the base would be downloaded, and latents whose cache is lost encoded, for nothing."""
+    run = tmp_path / "run"
+    train(tiny_base, tiny_data, run, "--max_train_steps", "2")
+    kept = {path: path.read_bytes() for path in (run / WEIGHTS_NAME, run / "config.json", run / "validation.jsonl")}
+    (run / WEIGHTS_NAME).unlink()
+    for name in ("load_base", "cache_posteriors"):
+        monkeypatch.setattr(train_lora, name, None)
+    capsys.readouterr()
+    train(tiny_base, tiny_data, run, "--max_train_steps", "2", "--export", "kohya")
+    assert "budget used up: best step 2" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert (run / "kohya_lora_weights.safetensors").is_file()
+
+
 def test_dropout_whose_masks_are_a_micro_steps_keeps_the_portions_of_a_step(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

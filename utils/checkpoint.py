@@ -240,6 +240,22 @@ def is_run(folder: Path) -> bool:
     return isinstance(config, dict) and "settings" in config
 
 
+def go_back_to(run: Path, state: dict, keep: int) -> None:
+    """Make a run's folder what it was at a checkpoint, but for older checkpoints beyond `keep`, which a kill has left.
+
+    Args:
+        run: the run's folder.
+        state: of the checkpoint, from `find_start`.
+        keep: how many checkpoints stay; 0 keeps all.
+
+    Raises:
+        Refused: where the best adapter as of then is lost.
+    """
+    restore_best(run, state["step"], state["early_stopping"]["best_step"])
+    forget_after(run, state["step"], state["validations"])
+    prune_checkpoints(run, keep)
+
+
 def forget_after(run: Path, step: int, validations: list[dict]) -> None:
     """Delete what lies after `step` and what kills left unfinished, so that the run goes on from there alone.
 
