@@ -59,7 +59,17 @@ def test_products_are_pytorchs_in_any_layout(layout: str, has_bias: bool, dtype:
         torch.testing.assert_close(result, F.linear(x, weight, bias))
 
 
-@pytest.mark.skipif(not linear.HAS_ONEDNN, reason="a PyTorch without oneDNN")
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"), [(64, 16, 16), (77, 32, 64), (1, 64, 16), (256, 320, 320)]
+)
+def test_a_row_gives_the_same_wherever_it_stands(rows: int, in_features: int, out_features: int) -> None:
+    """An image is the same beside other images in a batch, to the byte."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, rows, in_features), torch.randn(out_features, in_features)
+    assert torch.equal(product(x.flip(0), weight).flip(0), product(x, weight))
+
+
+@pytest.mark.skipif(not linear.BY_ONEDNN, reason="a PyTorch whose oneDNN is not taken")
 def test_onednn_computes_in_fp32_and_is_left_out_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(5, 16), torch.randn(8, 16)
     with Calls() as calls:
@@ -68,7 +78,7 @@ def test_onednn_computes_in_fp32_and_is_left_out_where_it_is_missing(monkeypatch
     with Calls() as calls:
         product(x.double(), weight.double())
     assert not calls.by_onednn
-    monkeypatch.setattr(linear, "HAS_ONEDNN", False)
+    monkeypatch.setattr(linear, "BY_ONEDNN", False)
     with Calls() as calls:
         product(x, weight)
     assert not calls.by_onednn
@@ -127,7 +137,7 @@ def test_adapted_layers_keep_their_product_over_a_frozen_one(tiny_base: Path) ->
     x = torch.randn(2, 5, layer.in_features)
     with Calls() as calls:
         result = layer(x)
-    assert sum("_linear_pointwise" in name for name in calls.names) == linear.HAS_ONEDNN
+    assert sum("_linear_pointwise" in name for name in calls.names) == linear.BY_ONEDNN
     assert any("addmm_" in name for name in calls.names)
     assert not any("mul" in name for name in calls.names), "as peft scales the update"
     torch.testing.assert_close(result, F.linear(x, layer.weight, layer.bias))  # B is zero at first

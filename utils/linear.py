@@ -1,7 +1,8 @@
 """Products with weights that stay as they are: of frozen layers, and of frozen layers with a low-rank update.
 
-On a CPU they are oneDNN's in fp32, too, as PyTorch's convolutions and its products in bf16 are. PyTorch itself takes
-MKL's there, which leave half of a processor's AVX-512 unused that is not Intel's (RESULTS.md, training).
+On a CPU they are oneDNN's in fp32, too, as PyTorch's convolutions and its products in bf16 are, from PyTorch 2.12 on.
+PyTorch itself takes MKL's there, which leave half of a processor's AVX-512 unused that is not Intel's (RESULTS.md,
+training).
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+# Before 2.12 (oneDNN 3.11) what a row gave depended on its place among the others, where a processor has no AVX-512
+BY_ONEDNN = torch.backends.mkldnn.is_available() and torch.__version__ >= "2.12"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,7 +23,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [out_features, in_features] of x's type, in any order of its elements.
         bias: [out_features] or None.
     """
-    if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
+    if BY_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # as compiled models call it
     return F.linear(x, weight, bias)
 

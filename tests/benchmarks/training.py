@@ -390,7 +390,7 @@ def ours(
         use_pefts_layers(unet, text_encoder)
     leave_out_cudnn_attention(unet)
     if device.type == "cpu":
-        linear.HAS_ONEDNN = "products" in savings
+        linear.BY_ONEDNN = "products" in savings
         use_frozen_products(unet, text_encoder)
     if COMPILED in savings:
         compile_blocks(unet)
