@@ -182,6 +182,75 @@ def test_a_film_is_not_called_normal_because_its_finding_was_left_out() -> None:
     assert caption_sentences("No effusion since the prior study.", "No pneumothorax.") == ["No pneumothorax."]
 
 
+@pytest.mark.parametrize(
+    "finding",
+    [
+        "hydropneumothorax",
+        "hilar lymphadenopathy",
+        "pulmonary metastases",
+        "hemothorax",
+        "mediastinal widening",
+        "hazy density",
+    ],
+)
+def test_findings_are_known_by_any_of_their_names(finding: str) -> None:
+    assert caption_sentences(f"The {finding} has increased since the prior study.", "No effusion.") == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "There is no evidence of new consolidation or effusion.",
+        "No definite new focal consolidation.",
+        "No suspicious new nodule.",
+        "No evidence of persistent pneumothorax.",
+        "No acute or new infiltrate.",
+        "No effusion, consolidation, or new nodule.",
+    ],
+)
+def test_what_is_not_new_may_be_there(said: str) -> None:
+    assert caption_sentences(said, "Left lower lobe consolidation is unchanged.") == ["Left lower lobe consolidation."]
+
+
+def test_what_is_new_after_a_denial_is_there() -> None:
+    assert caption_sentences("No pneumothorax, new right effusion.", "")[0] == "Right effusion."
+    assert caption_sentences("No pneumothorax but new right effusion.", "") == ["No pneumothorax but right effusion."]
+    assert caption_sentences("The heart is not enlarged, with new scarring.", "") == [
+        "The heart is not enlarged, with scarring."
+    ]
+
+
+def test_a_comparison_before_a_colon_leaves_what_follows_it() -> None:
+    seen = ["Heart size is top normal.", "Left pleural effusion."]
+    for before in ("AP chest compared to ___:\n \n", "AP chest compared to ___ through ___, 4:45 p.m.:\n"):
+        said = caption_sentences("", f"{before} Left pleural effusion. Heart size is top normal.")
+        assert sorted(said) == seen
+    assert caption_sentences("", "Comparison: none. Clear lungs.") == ["Clear lungs."]
+
+
+@pytest.mark.parametrize(
+    ("report", "caption"),
+    [
+        (
+            "REASON FOR EXAMINATION: Evaluate for pneumonia.\n\nPortable AP chest.\n\nSevere cardiomegaly. Right effusion.\n\n"
+            "There is no pneumothorax.",
+            "Severe cardiomegaly. Right effusion. There is no pneumothorax.",
+        ),
+        ("INDICATION: Pneumonia in an adult.", ""),
+        ("CHEST, PA: Large effusion.\n\nNo pneumothorax.", "Large effusion. No pneumothorax."),
+        ("LUNGS: Consolidation.\nPLEURA: Large right effusion.\nHEART AND MEDIASTINUM: Normal size.\nBONES: Unremarkable.",
+         "Lungs: Consolidation. Pleura: Large right effusion. Heart and mediastinum: Normal size. Bones: Unremarkable."),
+        ("FINDINGS:\nLINES AND TUBES: None.\nLUNGS: Consolidation.\n\nIMPRESSION: No pneumothorax.",
+         "No pneumothorax. Lungs: Consolidation. Lines and tubes: None."),
+        ("INTERPRETATION: Large left pneumothorax.\nLINES: None.", "Large left pneumothorax. Lines: None."),
+        ("Right lower lobe pneumonia.\n\nNo pneumothorax.", ""),  # the history, or the film's
+        ("Cough.\n\nNo pneumothorax.\n\nSmall effusion.", "Small effusion. No pneumothorax."),
+    ],
+)  # fmt: skip
+def test_findings_are_found_in_reports_of_other_forms(report: str, caption: str) -> None:
+    assert text_of({"report": report}, "report", "A film.") == (f"A film. {caption}" if caption else "")
+
+
 @pytest.mark.parametrize("word", ["mediastin", "thora", "exam", "vascular"])
 def test_odd_words_take_no_time(word: str) -> None:
     assert not describes_the_film(word * 200 + "!")

@@ -14,6 +14,11 @@ def words(*alternatives: str) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.IGNORECASE)
 
 
+# "AP chest compared to ___:" before what is said of the film
+COMPARED = re.compile(
+    r"(?:^|(?<=[.;] ))[^.;:]*\b(?:compared|comparison(?: is)?(?: made)?) (?:to|with)\b(?:[^.;]|\b[ap]\.m\.)*?:\s+(?=[A-Z])",
+    re.IGNORECASE,
+)
 REDACTED = re.compile(r"\S*(?:XXXX|___)\S*?(?P<mark>[.,;:?!]*)(?=\s|$)", re.IGNORECASE)
 LIST_NUMBER = re.compile(r"(?:^|(?<=[\s.,]))\(?\d{1,2}[.)](?=\s|[A-Z])\s*")  # not the "1." of "1.5 cm"
 SENTENCE_END = re.compile(r"(?<=[.?!;])\s+")
@@ -44,14 +49,23 @@ COMPARISONS = tuple(
         (r"\binterval (?:increase|decrease) (?:of|in) (?:the )?", ""),
         (r"\s*\b(?:(?:is|are|has|have) )?(?:slightly |mildly |minimally )?(?:increased|decreased) in size" + END, ""),
         (
-            r"(?<!no )(?<!not )(?<!without )\b(?:stable(?: appearance of)?,?|unchanged|persistent(?:ly)?|long-?standing"
-            r"|(?:once )?again,?|still|new(?:ly)?|(?:interval )?(?:worsening|increasing|decreasing|improving))\s+",
+            r"(?<!no )(?<!not )(?<!without )\b(?:stable(?: appearance of)?,?|unchanged|long-?standing|(?:once )?again,?|still)\s+",
             "",
         ),
         (r"\bremains\b", "is"),
         (r"\bremain\b", "are"),
     )
 )
+# So does "new" of "New effusion", not of "No evidence of new effusion", whose effusion may be an old one
+NEW = re.compile(
+    r"\b(?:new(?:ly)?|persistent(?:ly)?|(?:interval )?(?:worsening|increasing|decreasing|improving))\s+", re.IGNORECASE
+)
+DENIED_SO_FAR = re.compile(
+    r"\b(?:no|not|without|nor|neither|negative for|free of)\b"
+    r"(?:(?!\b(?:but|however|except|although|otherwise|aside from|other than|with)\b)[^.;])*$",
+    re.IGNORECASE,
+)
+OR = words("or", "nor")
 # "No interval worsening of the effusion", "no change in the effusion": without what is compared it would be "no effusion"
 CERTAINTY = (
     r"(?:(?:evidence|signs?|suggestion|of|for|an?|any|the|definite|significant|interval|convincing|appreciable|obvious|other|major"
@@ -67,7 +81,7 @@ DENIED_CHANGE = re.compile(
 )
 # "No pneumothorax, unchanged effusion": what is denied ends at the comma, unless it goes on with an "or"
 DENIED_UP_TO = re.compile(
-    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged)\s(?!and\b)(?![^.;]*\b(?:or|nor)\b))", re.IGNORECASE
+    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged|new)\s(?!and\b)(?![^.;]*\b(?:or|nor)\b))", re.IGNORECASE
 )
 # What a film cannot show: what has changed since another one, and what is no longer there
 EARLIER = words(
@@ -105,8 +119,20 @@ HEADING = re.compile(
 IMPRESSION = re.compile(r"impression|conclusion|opinion|assessment", re.IGNORECASE)
 # A heading may also be the examination: "CHEST, PA AND LATERAL:"; that of the history, the technique or a call is neither
 FINDINGS = re.compile(
-    r"findings?|(?:reports?|results?)\s*$|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)",
+    r"findings?|interpretation|(?:reports?|results?)\s*$|(?=.*\b(?:chest|radiographs?)\b)(?!.*\b(?:exam|examination|comparison|technique|procedure)\b)",
     re.I,
+)
+# ... or an organ, of which what follows tells: "LUNGS AND PLEURA: clear"
+ORGANS = re.compile(
+    r"(?:(?:lungs?|pleura(?:l spaces?)?|airways?|trachea|heart|cardiac(?: silhouette)?|cardiomediastin\w*|mediastin\w*|hil(?:a|um)"
+    r"|(?:pulmonary )?vess?els|vascular\w*|vasculature|aorta|bones?|bony(?: structures?)?|osseous(?: structures?)?|skelet\w*|ribs|spine"
+    r"|soft tissues?|chest wall|thora(?:x|cic cage)|(?:hemi)?diaphragms?|(?:upper )?abdomen|(?:support )?(?:devices?|apparatus)|lines?"
+    r"|tubes?|catheters?|hardware)(?:\s*(?:,|/|&|\band\b)\s*|\s*$))+",
+    re.IGNORECASE,
+)
+# Of what came before the film: after these a first paragraph tells nothing of it
+BEFORE_THE_FILM = words(
+    "reason", "history", "indications?", r"clinical\w*", "comparison", "technique", "procedure", r"exam\w*", "wet read"
 )
 # Who reported and when, below a report: an office, or nothing but a name or a date
 OFFICE = words("radiologist", "consultant", "registrar", "gmc", "dr", "prof(?:essor)?")
@@ -136,12 +162,16 @@ NORMAL = words(
 )  # fmt: skip
 TURN = words("but", "however", "except", "although", "otherwise", "aside from", "other than")
 FINDING = words(
-    r"effusions?", r"pneumothora\w*", r"opaci\w*", r"consolidat\w*", r"infiltrat\w*", r"atelecta\w*", r"(?:o?edema)",
+    r"effusions?", r"(?:hydro|pneumo|ha?emo|pyo|chylo)+thora\w*", r"opaci\w*", r"consolidat\w*", r"infiltrat\w*", r"atelecta\w*", r"(?:o?edema)",
     r"congest\w*", r"cardiomegaly", r"enlarg\w*", r"nodul\w*", r"mass(?:es)?", r"granuloma\w*", r"fractures?", r"scar\w*",
     r"emphysem\w*", r"hyper\w*", r"fibro\w*", r"calcifi\w*", r"\w*scoliosis", r"degenerat\w*", r"pacemaker", r"defibrillator",
     r"catheter\w*", r"tubes?", r"picc", r"port", r"herni\w*", r"thicken\w*", r"pneumonia\w*", r"lesions?", r"disease",
     r"tortuo\w*", r"kypho\w*", r"osteophyt\w*", r"cavit\w*", r"collapse\w*", r"elevat\w*", r"ectasia", r"ectatic", r"stents?",
     r"sternotomy", r"clips?", r"fluid", r"volume loss", r"deformit\w*", r"prominen\w*", r"blunt\w*", r"bronchi\w*", r"interstitial", r"aneurysm\w*",
+    r"\w*adenopath\w*", r"metasta\w*", r"pneumo(?:mediastin|periton|pericard)\w*", r"tumou?rs?", r"neoplas\w*", r"malignan\w*",
+    r"tubercul\w*", r"bullae?", "bullous", r"blebs?", r"widen\w*", r"plaques?", "ground[- ]glass", r"haz(?:y|e|iness)",
+    "air[- ]?space (?:process|filling)", r"reticul\w*", r"ha?emorrhag\w*", r"abscess\w*", "empyema", r"cyst(?:s|ic)?", "shift",
+    r"deviat\w*", r"abnormalit\w*",
 )  # fmt: skip
 GONE = words(r"resol(?:v\w*|ution)", "clear(?:ed|ing)", "remov(?:ed|al)", "no longer")
 
@@ -199,21 +229,35 @@ def text_of(cells: Mapping, column: str, first: str) -> str:
 
 
 def sections_of(report: str) -> dict[str, str]:
-    """Return `findings` and `impression` of a whole report; of one without these headings, the last paragraph that tells of any.
+    """Return `findings` and `impression` of a whole report; of one without these headings, the paragraphs that tell of any.
 
-    Lines at the end that say who reported are left out.
+    Lines at the end that say who reported are left out, and so is a first paragraph before others: the history. If that
+    has no heading and names a finding where the others deny all, it may be the film's, and nothing is returned.
     """
-    parts = HEADING.split(unsigned(report))
-    sections = {"findings": "", "impression": ""}
-    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        kind = kind_of(heading)
+    start, *parts = HEADING.split(unsigned(report))
+    sections, last = {"findings": "", "impression": ""}, ("", start)
+    for heading, body in zip(parts[::2], parts[1::2], strict=True):
+        kind, last = kind_of(heading), (heading, body)
         if kind is not None:
-            sections[kind] = f"{sections[kind]} {body}".strip()
+            named = f"{heading.strip().capitalize()}: {body.strip()}" if ORGANS.fullmatch(heading.strip()) else body
+            sections[kind] = f"{sections[kind]} {named}".strip()
     if not any(text.strip() for text in sections.values()):
-        paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", parts[-1]) if paragraph.strip()]
-        told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
-        sections["findings"] = (told or paragraphs or [""])[-1]
+        sections["findings"] = told_by(*last)
     return {kind: " ".join(text.split()) for kind, text in sections.items()}
+
+
+def told_by(heading: str, body: str) -> str:
+    """Return the paragraphs of a section that tell of a film, as `sections_of` says; those of a history alone are none."""
+    paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", body) if paragraph.strip()]
+    telling = [paragraph for paragraph in paragraphs[1:] if FINDING.search(paragraph) or NORMAL.search(paragraph)]
+    if not telling:
+        is_history = BEFORE_THE_FILM.search(heading) and len(paragraphs) == 1
+        told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
+        return "" if is_history else (told or paragraphs or [""])[-1]
+    doubtful = not heading and any(map(states_a_finding, sentences_of(paragraphs[0])))
+    if doubtful and all(map(is_normal, sentences_of(" ".join(telling)))):
+        return ""
+    return " ".join(telling)
 
 
 def unsigned(report: str) -> str:
@@ -236,7 +280,9 @@ def is_signature(line: str, before: str) -> bool:
 
 def kind_of(heading: str) -> str | None:
     """Return which section a heading opens: "findings", "impression", or None for one that is of no use."""
-    return "impression" if IMPRESSION.search(heading) else "findings" if FINDINGS.match(heading) else None
+    if IMPRESSION.search(heading):
+        return "impression"
+    return "findings" if FINDINGS.match(heading) or ORGANS.fullmatch(heading.strip()) else None
 
 
 def sentences_of(section: str) -> list[str]:
@@ -269,6 +315,7 @@ def clean(text: str) -> str:
     text = REDACTED.sub(r"\g<mark>", text)
     text = LIST_NUMBER.sub(". ", " ".join(text.split())).lstrip(". ")
     text = re.sub(r"\s+(?=[.,;:?!])", "", text)
+    text = COMPARED.sub("", text)
     text = re.sub(r"(?<=[a-z]{2}\.)(?=[A-Z])", " ", text)
     text = re.sub(r"([.?!;,])(?:\s*[.,;:])+", r"\1", text)
     return " ".join(text.split()).strip(" ,;:-")
@@ -280,7 +327,15 @@ def without_comparisons(sentence: str) -> str:
         return sentence
     for comparison, replacement in COMPARISONS:
         sentence = comparison.sub(replacement, sentence)
-    return sentence
+    return NEW.sub(
+        lambda word: word[0] if is_denied(sentence[: word.start()], sentence[word.end() :]) else "", sentence
+    )
+
+
+def is_denied(before: str, after: str) -> bool:
+    """Return whether what stands between two parts of a sentence is denied, by a "no" whose clause or list goes on."""
+    denied = DENIED_SO_FAR.search(before)
+    return denied is not None and ("," not in denied[0] or OR.search(denied[0] + after) is not None)
 
 
 def without_remarks(sentence: str) -> str:
@@ -317,6 +372,8 @@ def states_a_finding(sentence: str) -> bool:
     """Return whether a sentence names a finding before it denies anything, or after a "but", or denies that it has changed."""
     if DENIED_CHANGE.search(sentence):
         return bool(FINDING.search(sentence))
+    organ, _, said = sentence.partition(": ")  # "Lines and tubes: none" states no tube
+    sentence = said if said and ORGANS.fullmatch(organ) else sentence
     denial, turn = NORMAL.search(sentence), TURN.search(sentence)
     stated = sentence if denial is None else sentence[: denial.start()]
     return bool(FINDING.search(stated) or (turn and FINDING.search(sentence[turn.end() :])))
