@@ -17,6 +17,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from utils.dicom import apply_voi
 from utils.films import UnusableFilm, decode_film, prepare_film
 
 ROWS, COLUMNS = 96, 128
@@ -62,6 +63,8 @@ def voi_lut(table: np.ndarray, first: int, declared_bits: int) -> pydicom.Sequen
 def test_eight_bits_are_kept_as_they_are(tmp_path: Path) -> None:
     pixels = chest(8).astype(np.uint8)
     np.testing.assert_array_equal(decode_film(save(tmp_path, pixels, 8)), pixels)
+    same = save(tmp_path, pixels, 8, RescaleSlope=1, RescaleIntercept=0)  # as some tools write into every file
+    np.testing.assert_array_equal(decode_film(same), pixels)
 
 
 def test_eight_bits_through_a_modality_table_span_the_greys(tmp_path: Path) -> None:
@@ -118,6 +121,20 @@ def test_a_voi_lut_uses_the_whole_range_of_its_output(tmp_path: Path, output_bit
     film = decode_film(save(tmp_path, chest(12), 12, VOILUTSequence=voi_lut(table, 0, declared)))
     expected = (chest(12) / 4095.0) ** 2 * 255
     assert np.abs(film - expected).max() <= 1.01
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_a_voi_lut_may_have_two_entries_a_word(big_endian: bool) -> None:
+    """Eight bits an entry in OW: read as 16 bits, half of the table was missing and bright films clipped."""
+    table = np.round((np.arange(4096) / 4095) ** 2 * 255).astype(np.uint8)
+    item, dataset = Dataset(), Dataset()
+    item.LUTDescriptor = [4096, 0, 8]
+    item.add_new("LUTData", "OW", (table.view("<u2").astype(">u2") if big_endian else table).tobytes())
+    dataset.VOILUTSequence = [item]
+    dataset.set_original_encoding(False, not big_endian)
+    levels, bounds = apply_voi(chest(12), dataset)
+    np.testing.assert_array_equal(levels, table[chest(12)])
+    assert bounds == (0.0, 255.0)
 
 
 def test_a_voi_lut_comes_before_polarity(tmp_path: Path) -> None:

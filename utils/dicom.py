@@ -181,6 +181,8 @@ def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray,
         data = tables[0].LUTData
         if isinstance(data, bytes):
             data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] is not False else ">u2")
+            if len(data) < (count or 1 << 16):  # two entries of 8 bits a word, the first in its lower half
+                data = data.astype("<u2").view("u1")
         table = np.asarray(data, np.float64)[: count or 1 << 16]
         places = np.clip(np.rint(levels) - first, 0, len(table) - 1).astype(int)
         if table.max() > table.min():
@@ -189,7 +191,8 @@ def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray,
     if dataset.get("WindowCenter") is not None and float(np.ravel(dataset.get("WindowWidth") or 0)[0]) >= 1:
         black, white = apply_windowing(BEYOND, dataset)
         return apply_windowing(levels, dataset), (float(black), float(white))
-    as_stored = "RescaleSlope" not in dataset and "ModalityLUTSequence" not in dataset
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    as_stored = slope in (None, 1) and intercept in (None, 0) and "ModalityLUTSequence" not in dataset
     if dataset.BitsStored == 8 and not dataset.PixelRepresentation and as_stored:
         return levels, (0.0, 255.0)
     return levels, None
