@@ -10,7 +10,7 @@ from PIL import Image
 
 import download
 from tests.test_dicom import save
-from tests.test_download import assert_same_folder, film, folder_mirror, nih_mirror, run_here, write_table
+from tests.test_download import assert_same_folder, film, folder_mirror, nih_mirror, run_here, serve, write_table  # noqa: F401
 from utils import pseudonyms, transfer
 from utils.files import read_jsonl, sha256_file
 from utils.metadata import read_metadata
@@ -339,7 +339,7 @@ def test_classes_and_lists_of_a_set_of_the_hub_are_words(tmp_path: Path) -> None
     import datasets
 
     kind = datasets.ClassLabel(names=["Normal.", "Pneumonia."])
-    assert hf.plain(kind, 1) == "Pneumonia." and hf.plain(kind, None) is None
+    assert hf.plain(kind, 1) == "Pneumonia." and hf.plain(kind, None) is hf.plain(kind, -1) is None
     assert hf.plain(datasets.List(kind), [0, 1]) == ["Normal.", "Pneumonia."]
     assert hf.plain(datasets.List(datasets.Value("string")), ["Effusion.", "Mass."]) == "Effusion. Mass."
     assert hf.plain(datasets.Value("int64"), 3) == 3
@@ -495,6 +495,19 @@ def test_a_local_film_that_is_not_the_one_of_the_table_is_left_out(tmp_path: Pat
     assert [(row["source_id"], row["reason"]) for row in read_jsonl(data / "rejected.jsonl")] == [
         ("3.png", "wrong SHA-256")
     ]
+
+
+def test_a_film_that_is_published_anew_under_its_name_is_fetched_anew(tmp_path: Path, serve) -> None:  # noqa: F811
+    mirror = folder_mirror(tmp_path / "films")
+    address = serve(mirror).address
+    for number in (0, 1):
+        film(20 + number).save(mirror / "3.png")
+        rows = read_jsonl(mirror / "metadata.jsonl")
+        write_table(mirror, [row | {"sha256": sha256_file(mirror / row["file_name"])} for row in rows])
+        data = run_here(tmp_path, address, "--overwrite")
+        (row,) = (row for row in read_metadata(data) if row["source_id"] == "3.png")
+        direct = run_here(tmp_path / str(number), mirror)
+        assert (data / row["file_name"]).read_bytes() == (direct / row["file_name"]).read_bytes()
 
 
 def test_a_data_folder_can_be_a_mirror(tmp_path: Path) -> None:

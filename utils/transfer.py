@@ -47,7 +47,8 @@ def locate(film: Film, mirror: Mirror, resolution: int) -> Raw:
     made = {"resolution": resolution, "preprocessing": PREPROCESSING}
     downloaded = mirror.raw_dir / film.path
     if mirror.is_remote:
-        origin = {"address": mirror.address(film.archive or film.path), **made}
+        sha256 = {"sha256": film.sha256} if film.sha256 else {}  # of a film that was published anew under its name
+        origin = {"address": mirror.address(film.archive or film.path), **sha256, **made}
         if film.archive is None:
             return Raw(downloaded, origin)
         is_kept = not film.archive.endswith(TARS)  # a tar is kept itself; others are read in part
@@ -131,7 +132,9 @@ def make_films(
         if not mirror.is_remote:
             return film, local(film, raw.path)
         if raw.path.is_file():
-            return film, raw.path
+            if film.sha256 in (None, sha256_file(raw.path)):
+                return film, raw.path
+            raw.path.unlink()
         try:
             fetch_file(mirror.client, mirror.address(film.path), raw.path, stop, sha256=film.sha256)
         except NotFetched as failure:

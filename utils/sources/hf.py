@@ -157,7 +157,9 @@ def plain(kind: object, value: object) -> object:
         values = [plain(inner, each) for each in value]
         are_classes = hasattr(inner, "int2str")
         return values if are_classes or not all(isinstance(each, str) for each in values) else " ".join(values)
-    return kind.int2str(value) if hasattr(kind, "int2str") and value is not None else value
+    if not hasattr(kind, "int2str"):
+        return value
+    return None if value is None or value < 0 else kind.int2str(value)  # -1 where it is not known
 
 
 def license_of(place: str) -> str | None:
