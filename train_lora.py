@@ -123,7 +123,7 @@ from utils.pipeline import (
 from utils.refusal import ArgumentParser, Refused, run
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, why_not_upload
 from utils.report import contact_sheet, draw_curves, save_png
-from utils.runlog import package_versions
+from utils.runlog import package_versions, read_config
 from utils.seeding import derive_seed
 from utils.tokens import TokenizedCaptions, tokenize
 from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_bounds, score_model, summarise
@@ -296,9 +296,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"out/fold{args.fold}"
     args.train_data_dir = args.dataset_name or args.train_data_dir
-    args.pretrained_model_name_or_path = (
-        args.pretrained_model_name_or_path or recorded_base(Path(args.output_dir)) or default_base()
-    )
+    recorded = None if args.resume_from_checkpoint == "none" else recorded_base(Path(args.output_dir))
+    args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or recorded or default_base()
     args.pretrained_model_name_or_path = canonical_name(args.pretrained_model_name_or_path)
     recipe = RECIPES["cxr-tiny" if args.pretrained_model_name_or_path == BUNDLED_BASE else "stable-diffusion"]
     if args.num_train_epochs is not None:
@@ -652,11 +651,13 @@ def conclude(
         The exit status: 1 where the run is not to be uploaded.
     """
     run_dir = Path(args.output_dir)
-    rows = read_jsonl(run_dir / "log.jsonl")
+    log = run_dir / "log.jsonl"
+    rows = read_jsonl(log) if log.exists() else []  # a sync may have lost it
+    num_steps = rows[-1]["step"] - first_step if rows else 0
     draw_curves(run_dir / "curves.png", rows, validations)
     write_card(run_dir, Path(args.train_data_dir))
     print(f"{'stopped early' if early_stopping.should_stop else 'budget used up'}: best step {early_stopping.best_step}, SSIM "
-          f"{early_stopping.best:.4f}; {len(rows) - first_step} steps in {time.monotonic() - started:.0f} s")  # fmt: skip
+          f"{early_stopping.best:.4f}; {num_steps} steps in {time.monotonic() - started:.0f} s")  # fmt: skip
     print(f"adapter: {run_dir / WEIGHTS_NAME}")
     if args.export == "kohya":
         save_kohya(run_dir / KOHYA_NAME, *read_adapter(run_dir / WEIGHTS_NAME))
@@ -761,6 +762,8 @@ def main(args: argparse.Namespace) -> int:
         status = 0
         if accelerator.is_main_process:
             go_back_to(run_dir, state, args.checkpoints_total_limit)
+            found = {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir}  # where evaluate.py looks
+            write_json(run_dir / "config.json", read_config(run_dir) | found)
             early_stopping = EarlyStopping(**state["early_stopping"])
             status = conclude(args, state["step"], early_stopping, state["validations"], time.monotonic())
             lock.close()

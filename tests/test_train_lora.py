@@ -78,7 +78,8 @@ def test_a_run_that_is_over_wants_neither_base_nor_films(
     run = tmp_path / "run"
     train(tiny_base, tiny_data, run, "--max_train_steps", "2")
     kept = {path: path.read_bytes() for path in (run / WEIGHTS_NAME, run / "config.json", run / "validation.jsonl")}
-    (run / WEIGHTS_NAME).unlink()
+    for name in (WEIGHTS_NAME, "log.jsonl"):  # as a sync may lose them
+        (run / name).unlink()
     for name in ("load_base", "cache_posteriors"):
         monkeypatch.setattr(train_lora, name, None)
     capsys.readouterr()
@@ -86,6 +87,18 @@ def test_a_run_that_is_over_wants_neither_base_nor_films(
     assert "budget used up: best step 2" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in kept} == kept
     assert (run / "kohya_lora_weights.safetensors").is_file()
+    moved = shutil.copytree(tiny_data, tmp_path / "moved")
+    train(tiny_base, moved, run, "--max_train_steps", "2")
+    assert read_config(run)["train_data_dir"] == str(moved), "where evaluate.py looks for the films"
+
+
+def test_a_run_that_is_begun_anew_forgets_its_base(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"base": "assets/other"}')
+    named = [
+        train_lora.parse_args(["--output_dir", str(tmp_path), *more]).pretrained_model_name_or_path
+        for more in ([], ["--resume_from_checkpoint", "none"])
+    ]
+    assert named == ["assets/other", train_lora.parse_args([]).pretrained_model_name_or_path]
 
 
 def test_dropout_whose_masks_are_a_micro_steps_keeps_the_portions_of_a_step(
