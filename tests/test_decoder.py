@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint import checkpoint_steps
+from utils.checkpoint import TENSORS_NAME, checkpoint_steps
 from utils.decoder import (
     adapt_decoder,
     decoder_state,
@@ -122,6 +122,16 @@ def test_a_finished_one_is_put_on_again_and_one_of_other_settings_is_not(setting
 def test_checkpoints_of_other_settings_are_not_gone_on_from(setting: dict, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         adapt(setting, tmp_path / "broken", seed=1, mean_over_processes=kill_at(4))
+    for run in ("broken", "whole"):
+        adapt(setting, tmp_path / run)
+    assert (tmp_path / "broken" / DECODER_NAME).read_bytes() == (tmp_path / "whole" / DECODER_NAME).read_bytes()
+
+
+def test_a_torn_checkpoint_is_passed_over(setting: dict, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        adapt(setting, tmp_path / "broken", mean_over_processes=kill_at(4))
+    (torn,) = (tmp_path / "broken" / "decoder").glob("checkpoint-*/" + TENSORS_NAME)
+    torn.write_bytes(b"")
     for run in ("broken", "whole"):
         adapt(setting, tmp_path / run)
     assert (tmp_path / "broken" / DECODER_NAME).read_bytes() == (tmp_path / "whole" / DECODER_NAME).read_bytes()

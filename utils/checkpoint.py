@@ -268,7 +268,7 @@ def forget_after(run: Path, step: int, validations: list[dict]) -> None:
         if later > step:
             delete_checkpoint(run / f"checkpoint-{later}")
     for partial in run.glob("checkpoint-*.tmp"):
-        shutil.rmtree(partial)
+        delete_checkpoint(partial)
     cut_back(run / "log.jsonl", step)
     write_jsonl(run / "validation.jsonl", validations)
 
@@ -278,9 +278,11 @@ def clear_run(run: Path, keep_decoder: bool) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if not is_run(run):
         return
-    for folder in run.glob("checkpoint-*"):  # first: nothing may be gone on from whose records are gone
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in run.glob("checkpoint-*/"):  # first: nothing may be gone on from whose records are gone
+        delete_checkpoint(folder)
     if not keep_decoder:
+        for folder in run.glob("decoder/checkpoint-*/"):
+            delete_checkpoint(folder)
         (run / DECODER_NAME).unlink(missing_ok=True)
         shutil.rmtree(run / "decoder", ignore_errors=True)
     pictures = [*run.glob("samples/step-*.png"), *run.glob("logs/**/events.out.tfevents.*")]

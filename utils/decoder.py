@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from utils.checkpoint import checkpoint_steps, load_checkpoint, prune_checkpoints, save_checkpoint
+from utils.checkpoint import checkpoint_steps, delete_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from utils.files import append_jsonl, canonical_json, write_bytes
 from utils.images import to_pixel_values
 from utils.latents import FilmDataset, Posteriors, epoch_order, hash_weights
@@ -296,7 +296,7 @@ def adapt_decoder(
 def _remove_checkpoints(folder: Path, process_index: int) -> None:
     """Delete what only an unfinished adaptation needs, the first process alone."""
     for step in checkpoint_steps(folder) if process_index == 0 else []:
-        shutil.rmtree(folder / f"checkpoint-{step}")
+        delete_checkpoint(folder / f"checkpoint-{step}")
 
 
 def _find_start(folder: Path, path: Path, wanted: dict) -> int:
@@ -306,12 +306,16 @@ def _find_start(folder: Path, path: Path, wanted: dict) -> int:
         if not differences(wanted, {name: header.get(name) for name in wanted}):
             return -1
     for step in reversed(checkpoint_steps(folder)):
-        progress, _ = load_checkpoint(folder / f"checkpoint-{step}")
+        try:
+            progress, _ = load_checkpoint(folder / f"checkpoint-{step}")
+        except Refused:  # torn: the one before may be whole
+            continue
         if not differences(wanted, progress["record"] | {"settings": progress["settings"]}):
             for log in ("log.jsonl", "validation.jsonl"):
                 cut_back(folder / log, step)
             return step
     path.unlink(missing_ok=True)
+    _remove_checkpoints(folder, 0)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return 0
