@@ -23,7 +23,9 @@ from utils.pipeline import cast_frozen, load_base
 from utils.refusal import Refused
 from utils.release import HEADER_KEY, KOHYA_NAME, WEIGHTS_NAME
 
-HEADER = {"base": "tiny", "fold": 2, "resolution": 64, "step": 100}
+HEADER = {
+    "base": "tiny", "fold": 2, "resolution": 64, "step": 100, "settings": {"prediction_type": "v_prediction"},
+}  # fmt: skip
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -71,7 +73,7 @@ def test_equal_exports_are_equal_bytes_and_say_what_other_programs_show(tiny_bas
     assert all(torch.equal(tensors[name], tensor) for name, tensor in to_kohya(state).items())
     metadata = metadata_of(tmp_path / "a")
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4")
-    assert metadata["modelspec.resolution"] == "64x64"
+    assert (metadata["modelspec.resolution"], metadata["modelspec.prediction_type"]) == ("64x64", "v")
     assert json.loads(metadata[HEADER_KEY]) == HEADER
     assert "ss_base_model_version" not in metadata  # it attends to no Stable Diffusion's text
 

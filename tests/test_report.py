@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 from utils import hub
@@ -81,6 +82,25 @@ def test_the_card_of_a_set_of_others_names_no_source(tmp_path: Path) -> None:
     assert "those of the films' owner" in model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
 
 
+@pytest.mark.parametrize("lines", ["\ufeff{}\n{}\n", "{}\n\n{}\n", "{}\n{}\n\n"])
+def test_the_card_reads_a_table_as_training_does(tmp_path: Path, lines: str) -> None:
+    """At the end of a run it must not stop at a mark or an empty line that was none at its beginning."""
+    row = json.dumps({"file_name": "a.png", "text": "A film.", "source": "clinic", "license": "ours"})
+    (tmp_path / "metadata.jsonl").write_text(lines.format(row, row), encoding="utf-8")
+    assert "Source: clinic. Terms: ours." in model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
+
+
+def test_the_card_tells_of_a_prediction_that_is_not_the_bases(tmp_path: Path) -> None:
+    learnt = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config = CONFIG | {"settings": CONFIG["settings"] | learnt}
+    card = model_card(config, tmp_path, VALIDATIONS, best_step=10)
+    code = next(line for line in card.splitlines() if line.startswith("pipeline.scheduler"))
+    pipeline = SimpleNamespace(scheduler=DDPMScheduler())
+    exec(code, {"pipeline": pipeline, "DDIMScheduler": DDIMScheduler})
+    assert learnt.items() <= dict(pipeline.scheduler.config).items()
+    assert "pipeline.scheduler" not in model_card(CONFIG, tmp_path, VALIDATIONS, best_step=10)
+
+
 def test_the_card_of_stable_diffusion_hands_its_licence_on(tmp_path: Path) -> None:
     config = CONFIG | {"base": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
     assert "no medical advice" in model_card(config, tmp_path, VALIDATIONS, best_step=10)
@@ -110,11 +130,13 @@ def test_what_leaves_the_machine_names_no_folder(tmp_path: Path, monkeypatch: py
     sent = {}
     api = huggingface_hub.HfApi
     monkeypatch.setattr(api, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
-    monkeypatch.setattr(api, "upload_folder", lambda self, **_: None)
+    cleared = []
+    monkeypatch.setattr(api, "upload_folder", lambda self, **of: cleared.append(of["delete_patterns"]))
     monkeypatch.setattr(
         api, "upload_file", lambda self, **of: sent.update({of["path_in_repo"]: of["path_or_fileobj"]})
     )
     assert hub.push(tmp_path, "chest", None) == "me/chest"
+    assert cleared == [hub.UPLOADED], "nothing of another run of that name stays"
     assert json.loads(sent["config.json"])["base"] == "sd15"
     assert b"jane.doe" not in sent["config.json"] and str(tmp_path).encode() not in sent["config.json"]
     assert "jane.doe" not in model_card(config, tmp_path, VALIDATIONS, best_step=10)

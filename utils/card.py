@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from utils.files import canonical_json, read_jsonl, sha256_file, write_bytes
+from utils.metadata import TABLES, parse_table
 from utils.release import HEADER_KEY, WEIGHTS_NAME, in_words, read_audit
 
 LICENSES = {
@@ -41,7 +42,7 @@ pipeline = StableDiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("pytorch_lora_weights.safetensors")
 ```
 
-{decoder}## Data
+{schedule}{decoder}## Data
 
 {training} films to train on and {validation} to validate, of other patients; {held_out} films of fold {fold}, of yet
 other patients, were not touched. Source: {source}. Terms: {data_terms}.
@@ -77,6 +78,15 @@ Data: {data_terms}. {data_terms_in_full}
 KNOWS = "It knows the findings, views and ages of its captions and nothing else."
 CONTROL = "**A control, not for use: its films were trained on with one another's captions, so no prompt means anything to it.**"
 
+SCHEDULE = """It predicts otherwise than its base, and other solvers than one of these settings draw noise with it:
+
+```python
+from diffusers import DDIMScheduler
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {options})
+```
+
+"""
+
 DECODER = """`vae_decoder.safetensors` is the autoencoder's decoder, fitted to the training films, encoder untouched: the round trip
 of the validation films went from SSIM {before[ssim]:.4f}, PSNR {before[psnr]:.2f} dB to {after[ssim]:.4f}, {after[psnr]:.2f} dB. The figures
 below are with it. To decode with it elsewhere:
@@ -87,6 +97,16 @@ pipeline.vae.load_state_dict(load_file("vae_decoder.safetensors"), strict=False)
 ```
 
 """
+
+
+def solver_options(settings: dict) -> str:
+    """Return what a solver has to be told that the base's own configuration does not say, as keywords; "" for nothing."""
+    told = {"prediction_type": settings["prediction_type"]} if settings.get("prediction_type") else {}
+    if settings.get("rescale_betas_zero_snr"):
+        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in told.items()
+    )
 
 
 def write_card(run_dir: Path, data_dir: Path) -> None:
@@ -142,10 +162,11 @@ def terms_of(base: str, data_dir: Path) -> list[str]:
 
 def _sources(data_dir: Path) -> list[dict]:
     """Return `source`, `license` and `terms` of each part of a data set: as download.py noted them, else as its rows have them."""
-    dataset, table = data_dir / "dataset.json", data_dir / "metadata.jsonl"
+    dataset = data_dir / "dataset.json"
     if dataset.is_file():
         return json.loads(dataset.read_text(encoding="utf-8")).get("sources", [])
-    rows = read_jsonl(table) if table.is_file() else []
+    tables = [path for path in (data_dir / name for name in TABLES) if path.is_file()]
+    rows = [row for path in tables for row in parse_table(path.name, path.read_bytes(), ())]
     named = dict.fromkeys((row["source"], row["license"]) for row in rows if row.get("source") and row.get("license"))
     return [{"source": source, "license": license, "terms": ""} for source, license in named]
 
@@ -168,6 +189,7 @@ def model_card(
     bounds = baseline["bounds"]
     return CARD.format(
         **config["films"],
+        schedule=SCHEDULE.format(options=options) if (options := solver_options(config["settings"])) else "",
         decoder=DECODER.format(**config["vae_decoder"]) if config.get("vae_decoder") else "",
         base=public_base(config["base"]),
         fold=config["fold"],

@@ -61,6 +61,8 @@ def save_kohya(path: Path, state: dict[str, Tensor], header: dict) -> None:
         metadata |= {"modelspec.architecture": f"stable-diffusion-{version}/lora"}
     if "base" in header:
         metadata |= {"ss_sd_model_name": header["base"]}
+    if predicts := header.get("settings", {}).get("prediction_type"):
+        metadata |= {"modelspec.prediction_type": {"v_prediction": "v"}.get(predicts, predicts)}
     if "resolution" in header:
         metadata |= {"modelspec.resolution": f"{header['resolution']}x{header['resolution']}"}
     if "fold" in header:

@@ -52,9 +52,10 @@ def push(run_dir: Path, repository: str | None, token: str | None) -> str:
     try:
         repo_id = api.create_repo(repository or run_dir.name, exist_ok=True).repo_id
         config = public_config(json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
+        # What another run of the same name had there goes, such as a decoder that is not this one's
         content = json.dumps(config, indent=1, ensure_ascii=False).encode()
         api.upload_file(repo_id=repo_id, path_or_fileobj=content, path_in_repo="config.json")
-        api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=UPLOADED)
+        api.upload_folder(repo_id=repo_id, folder_path=run_dir, allow_patterns=UPLOADED, delete_patterns=UPLOADED)
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise Refused(f"trained, but not uploaded ({reason}); type the command again to upload only") from error
