@@ -90,7 +90,7 @@ from utils.runlog import films_of_run, package_versions, read_config, read_split
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
 from utils.tokens import fit_captions, read_of
-from utils.webpage import EXAMPLES, MOST_IMAGES, Wish, build_page
+from utils.webpage import EXAMPLES, MOST_IMAGES, Wish, build_page, find_adapters
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 8  # the contact sheet shows no more than that
 LARGE_MAP = 32  # latents a side
@@ -283,8 +283,14 @@ def held_out_prompts(run_dir: Path, data_dir: Path | None) -> list[Prompt]:
     return [Prompt(row["text"], labels=labels_of(row) | {"held_out": True}) for row in held_out]
 
 
-def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict, dict]], dict, dict[str, Path]]:
-    """Return files of adapters, tensors and header of each, a header for all, {} where other tools wrote them, and decoders by hash.
+def read_adapters(
+    args: argparse.Namespace,
+) -> tuple[list[Path], list[float], list[tuple[dict, dict]], dict, dict[str, Path]]:
+    """Return what is known of the adapters that are asked for.
+
+    Returns:
+        Their files and weights, tensors and header of each, a header for all, {} where other tools wrote them, and
+        decoders by hash. An adapter of weight 0 tells which base it was made for, and nothing else.
 
     Raises:
         Refused: for adapters of different bases or resolutions, or each with a decoder of its own.
@@ -298,11 +304,13 @@ def read_adapters(args: argparse.Namespace) -> tuple[list[Path], list[tuple[dict
         if len(values) > 1:
             listed = ", ".join(f"{file} has {value}" for value, file in values.items())
             raise Refused(f"the adapters differ in their {name} ({listed}); expected adapters of one {name}")
-    decoders = {} if args.no_vae_decoder else {sha256_file(path): path for path in map(find_decoder, files) if path}
+    scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
+    beside = [find_decoder(file) for file, scale in zip(files, scales, strict=True) if scale]
+    decoders = {} if args.no_vae_decoder else {sha256_file(path): path for path in beside if path}
     if len(decoders) > 1:
         listed = " and ".join(map(str, decoders.values()))
         raise Refused(f"each adapter has a decoder of its own beside it ({listed}); add --no_vae_decoder")
-    return files, adapters, next((header for _, header in adapters if header), {}), decoders
+    return files, scales, adapters, next((header for _, header in adapters if header), {}), decoders
 
 
 def base_of(adapter: Path, named: str) -> str:
@@ -319,8 +327,7 @@ def load_model(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
     """Return a pipeline with adapters merged into it, what its images have to say of it, and what looks at them."""
-    files, adapters, header, decoders = read_adapters(args)
-    scales = args.lora_scale * (len(files) if len(args.lora_scale) == 1 else 1)
+    files, scales, adapters, header, decoders = read_adapters(args)
     trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
         revision, variant = args.revision or trained.get("revision"), args.variant or trained.get("variant")
@@ -329,11 +336,11 @@ def load_model(
     told = (base_of(file, of["base"]) for file, (_, of) in zip(files, adapters, strict=True) if "base" in of)
     base_name = canonical_name(base_name or next(told, None) or default_base())
     base = load_base(base_name, revision, variant, args.cache_dir)
-    if not any(scales):  # the bare base, with its own decoder and schedule
-        decoders, trained = {}, {}
-    # An adapter that names none was trained on the base's own
+    # An adapter that names no prediction was trained on the base's own
     own = base.noise_scheduler.config.prediction_type
-    kinds = {of["settings"].get("prediction_type") or own for _, of in adapters if "settings" in of}
+    taught = [of["settings"] for (_, of), scale in zip(adapters, scales, strict=True) if scale and "settings" in of]
+    kinds = {settings.get("prediction_type") or own for settings in taught}
+    trained = taught[0] if taught else {}
     if len(kinds) > 1:
         raise Refused(
             f"the adapters differ in their prediction_type ({' and '.join(sorted(kinds))}); expected adapters of one"
@@ -633,6 +640,9 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
             lora_scale=args.lora_scale[0], seed=args.seed, num_images=args.num_images,
             guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
         )  # fmt: skip
+        for path in args.lora:
+            if not find_adapters([path]):
+                raise Refused(f"no adapter at {path}; expected a run's folder, a folder of runs, or a file")
         page = build_page(answer, args.lora or [Path("out")], first)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         try:

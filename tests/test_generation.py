@@ -25,9 +25,10 @@ from tests.processes import Processes
 from tests.test_generate import PROMPTS, asking, make, pixels
 from tests.test_lora import trained
 from tests.training import train
-from utils.export import save_kohya
+from utils.export import save_kohya, to_kohya
 from utils.files import read_jsonl
-from utils.lora import adapter_state, save_adapter
+from utils.films import decode_film
+from utils.lora import adapter_state, fold_alphas, save_adapter
 from utils.metadata import read_metadata
 from utils.pipeline import assemble, load_base, put_on_adapter, sample
 from utils.provenance import TABLE, eight_bits, read_png
@@ -129,6 +130,32 @@ def test_what_adapters_were_made_for_is_compared_as_they_were_trained_and_told(
     assert f"{other} was made for another/base, and is put on {tiny_base.name}" in capsys.readouterr().out
 
 
+def test_an_adapter_of_no_weight_leaves_the_others_as_they_are(tiny_base: Path, tmp_path: Path, adapter: Path) -> None:
+    state, header = generate.read_adapter(adapter / WEIGHTS_NAME)
+    settings = header["settings"] | {"prediction_type": "v_prediction"}
+    save_adapter(v := tmp_path / "v.safetensors", state, header | {"settings": settings})
+    (alone,) = make(tiny_base, tmp_path / "a", *asking(PROMPTS[0]), "--lora", str(adapter))
+    weights = ["--lora", str(v), str(adapter), "--lora_scale", "0", "1"]
+    (beside,) = make(tiny_base, tmp_path / "b", *asking(PROMPTS[0]), *weights)
+    assert beside == alone, "the same name, and the same image"
+
+
+def test_layers_of_a_kohya_file_have_an_alpha_each(tiny_base: Path) -> None:
+    """As kohya's tools for ranks and alphas by block write it; diffusers takes the commonest for all."""
+    base = trained(tiny_base)
+    state = to_kohya(adapter_state(base.unet, base.text_encoder))
+    told = dict(state)
+    for number, name in enumerate(sorted(name for name in state if name.endswith(".alpha"))):
+        told[name] = state[name] / 2 ** (number % 3)
+        told[name.replace(".alpha", ".lora_up.weight")] = state[name.replace(".alpha", ".lora_up.weight")] * 2 ** (
+            number % 3
+        )
+    folded, plain = fold_alphas(told, {}), fold_alphas(state, {})
+    assert folded.keys() == plain.keys() and not any(name.endswith(".alpha") for name in folded)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(folded[name], tensor)
+
+
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_adapters_of_other_tools_load(tiny_base: Path, tmp_path: Path, adapter: Path, form: str) -> None:
     """Kohya's form, and the file that diffusers' own script writes, in its way of writing it."""
@@ -185,6 +212,8 @@ def test_sixteen_bits_hold_what_eight_round(tiny_base: Path, tmp_path: Path) -> 
     film = read_png(tmp_path / "16" / fine["file_name"])
     assert film.dtype == np.uint16 and len(np.unique(film)) > 256
     assert np.abs(eight_bits(film).astype(int) - pixels(tmp_path / "8", coarse)).max() <= 1
+    read = decode_film(tmp_path / "16" / fine["file_name"])
+    np.testing.assert_array_equal(read, eight_bits(film), "a generated film's grey scale is its own")
     assert (tmp_path / "16" / "contact_sheet.png").is_file()
 
 
@@ -420,6 +449,7 @@ def test_killed_resumed_and_by_two_processes_the_folder_is_the_same(tiny_base: P
         (["--serve", "--port", "99999"], "--port 99999"),
         (["--serve", "--grid", "sex=M"], "--grid is not for --serve"),
         (["--serve", "--own_noise"], "--own_noise is not for --serve"),
+        (["--serve", "--lora", "/nowhere"], "no adapter at /nowhere"),
         (["--serve", "--train_data_dir", "/nowhere"], "--train_data_dir is not for --serve"),
         (["--serve", "--prompt", "y"], "2 of --prompt; --serve begins with one"),
         (["--serve", "--lora", "a", "b", "--lora_scale", "0.3", "0.7"], "2 of --lora_scale; --serve"),

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from utils.dicom import UnreadableDicom, declares_text, is_dicom, read_dicom
+from utils.provenance import CHUNK, eight_bits
 
 PREPROCESSING = 2  # raise it when the same film gives other pixels: older sets are then made again, not mixed
 
@@ -112,7 +113,8 @@ def decode_film(path: Path) -> np.ndarray:
     """Decode a film to 8-bit grey, upright as its EXIF orientation says.
 
     8-bit grey values are kept as they are, and so is the grey scale that a DICOM file asks for. Alpha that is opaque
-    everywhere is dropped, any other is composited on black. More than 8 bits are scaled to 8, see `scale_to_8_bit`.
+    everywhere is dropped, any other is composited on black. More than 8 bits are scaled to 8, see `scale_to_8_bit`, but
+    those of generate.py, which are of 16 bits, are rounded.
 
     Returns:
         Grey levels, uint8, [H, W].
@@ -126,6 +128,8 @@ def decode_film(path: Path) -> np.ndarray:
         image = load_image(path)
         if image.mode.startswith("I") or image.mode == "F":
             levels = np.asarray(image)
+            if CHUNK in image.info:  # a generated film, whose grey scale is its own
+                return eight_bits(levels)
             # Pillow turns the grey scale of such a TIFF round for 8 bits only
             white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
             grey = scale_to_8_bit(65535 - levels if white_is_zero else levels)

@@ -211,7 +211,8 @@ def fold_alphas(state: dict[str, Tensor], told: Mapping) -> dict[str, Tensor]:
     """Return adapters with B scaled so that alpha = rank, which is what loaders take of tensors without a header.
 
     Args:
-        state: tensors in any of the forms that diffusers writes.
+        state: tensors in any of the forms that diffusers writes, or in kohya's, with an alpha beside each layer: diffusers
+            would take the commonest for all.
         told: peft's settings as diffusers puts them into a header, such as "unet.lora_alpha"; {} where there are none.
     """
     folded = dict(state)
@@ -224,4 +225,8 @@ def fold_alphas(state: dict[str, Tensor], told: Mapping) -> dict[str, Tensor]:
         rank = state[name.removesuffix("bias").removesuffix("weight") + "weight"].shape[1]
         scaling = alpha / (math.sqrt(rank) if told.get(f"{found[1]}.use_rslora") else rank)
         folded[name] = tensor * scaling
+    for name in [name for name in state if name.endswith(".alpha")]:
+        up = f"{name.removesuffix('.alpha')}.lora_up.weight"
+        if up in folded:
+            folded[up] = folded[up] * (float(folded.pop(name)) / folded[up].shape[1])
     return folded
