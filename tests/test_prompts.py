@@ -20,7 +20,7 @@ def test_a_table_keeps_seed_negative_prompt_and_labels(tmp_path: Path) -> None:
     path = tmp_path / "prompts.CSV"
     path.write_text(
         "text,seed,negative_prompt,findings,age,sex,view,patient_id\n"
-        '"PA film, upright.",7,blurred,Edema|Effusion,40,m,pa,secret\n"AP film.",,,,400,,,\n'
+        '"PA film, upright.",7,blurred,Edema|Effusion,40.0,Male,pa,secret\n"AP film.",,,,400,,,\n'
     )
     one, other = read_prompts(path)
     assert (one.text, one.seed, one.negative) == ("PA film, upright.", 7, "blurred")
@@ -92,6 +92,7 @@ def test_a_grid_says_every_combination_as_captions_do() -> None:
         ("age=400", "age='400'"),
         ("sex=", "sex=''; expected M, F"),
         ("findings=a++b", r"findings='a\+\+b'"),
+        ("findings=a+none", r"findings='a\+none'"),
     ],
 )
 def test_an_axis_that_is_none_is_refused_in_words(axis: str, message: str) -> None:

@@ -96,7 +96,9 @@ def labels_of(row: dict) -> dict:
         labels["findings"] = findings_list(labels["findings"])
     for name in {"view", "sex"} & labels.keys():
         labels[name] = str(labels[name]).upper()
-    age = str(labels.pop("age", ""))
+    if "sex" in labels:
+        labels["sex"] = {"MALE": "M", "FEMALE": "F"}.get(labels["sex"], labels["sex"])
+    age = str(labels.pop("age", "")).removesuffix(".0")  # as pandas writes a column with gaps
     if age.isdecimal() and int(age) <= MAX_AGE:
         labels["age"] = int(age)
     return labels
@@ -133,7 +135,11 @@ def axis_value(name: str, word: str) -> str | int | list[str]:
     if name == "findings":
         if not word or "" in (parts := [part.strip() for part in word.split("+")]):
             raise refusal
-        return [] if word.casefold() in NO_FINDING else parts
+        if word.casefold() in NO_FINDING:
+            return []
+        if any(part.casefold() in NO_FINDING for part in parts):
+            raise refusal
+        return parts
     if name == "age":
         if not word.isdecimal() or int(word) > MAX_AGE:
             raise refusal
