@@ -73,6 +73,7 @@ from utils.cross_validation import (
     asked_of,
     columns_of,
     compare_runs,
+    held_out_to_training,
     over_folds,
     read_folds,
     read_readings,
@@ -104,7 +105,7 @@ from utils.findings import (
 )
 from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of
 from utils.hardware import choose_mixed_precision, explain_out_of_memory, keep_freed_memory, use_all_cores
-from utils.latents import FilmDataset, cache_posteriors, is_cached, load_films, mean_film
+from utils.latents import FilmDataset, cache_posteriors, hash_weights, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metrics import bootstrap_interval, in_batches, num_scales
@@ -136,7 +137,6 @@ SHOWN = 6  # films in films.png
 SHOWN_SUSPECTS = 8  # generated films in nearest.png
 VARIED_PROMPTS, SAMPLES_A_PROMPT = 16, 4  # whose films are compared with one another
 LEAST_SHARED = 5  # captions, each of several patients, for real films to be compared with one another, too
-MOST_TRAINING_FILMS = 10_000  # of which features are taken
 ENCODED_AT_ONCE = 64  # films
 MOST_CAPTIONS = 512  # of training, and others, whose pull is compared
 MOST_PAIRS = 64  # of captions with and without findings
@@ -159,6 +159,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="space that sets of films are compared in; xrv and inception need requirements-eval.txt [cxr-features]")  # fmt: skip
     add("--no_vae_decoder", action="store_true", help="decode with the base's own decoder, not the run's adapted one")
     add("--max_films", type=int, default=512, help="measure at most so many held-out films, drawn by --seed [512]")
+    add(
+        "--max_training_films",
+        type=int,
+        default=10_000,
+        help="measure at most so many training films; where that is not all, the audit passes no adapter [10000]",
+    )
     add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -184,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
         raise Refused(
             f"--seed {args.seed} --guidance_scale {args.guidance_scale}; expected a seed from 0 to {MAX_SEED}, a finite scale"
         )
-    for name in ("max_films", "num_inference_steps", "batch_size"):
+    for name in ("max_films", "max_training_films", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise Refused(f"--{name} {getattr(args, name)}; expected 1 or more")
     if args.num_prompted < 0:
@@ -227,6 +233,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         keep_freed_memory()
     if device.type == "cpu" or config["resolution"] >= 512:
         base.vae.enable_slicing()  # film by film, which stays in a processor's cache, or takes a fraction of the memory
+    base_hash = hash_weights(base.unet) + hash_weights(base.text_encoder) + hash_weights(base.vae)
     base = with_schedule(base, settings["prediction_type"], settings.get("rescale_betas_zero_snr", False))
     pipeline = assemble(base)
     put_on_adapter(pipeline, adapter)
@@ -262,7 +269,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     asked = {name: vars(args)[name] for name in ("seed", "num_inference_steps", "guidance_scale", "batch_size")}
     files = [sha256_file(file) for file in (adapter_file, decoder_file) if file]
     computed_by = [device.type, accelerator.mixed_precision, package_versions()]
-    once = partial(keep, output_dir, [config["base"], config["data_hash"], settings, files, asked, computed_by])
+    once = partial(keep, output_dir, [base_hash, config["data_hash"], settings, files, asked, computed_by])
 
     # Every score by film: the base as it was, the adapter, with the run's decoder if it has one, and what bounds them
     scored = dict(vae=vae, noise_scheduler=noise_scheduler, batch_size=args.batch_size, metrics=REBUILT)
@@ -339,7 +346,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
                 args, pipeline, once, rows, fitted, config["fold"], all_films, round_trip
             )
 
-    measured_rows = draw_rows(training_rows, MOST_TRAINING_FILMS, args.seed)
+    measured_rows = draw_rows(training_rows, args.max_training_films, args.seed)
     measured_names = {row["file_name"] for row in measured_rows}
     measured_rows = measured_rows + [row for row in known if row["file_name"] not in measured_names]
     drawn = Drawn(
@@ -347,7 +354,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         training_captions={row["text"] for row in training_rows}, bank=bank,
         training_films=FilmDataset(data_dir, measured_rows, resolution, interpolation), mean=mean, generated=generated,
         of_base=of_base, of_known=of_known, varied=varied, alike=alike, without_findings=without_findings, pairs=pairs,
-        num_patients=num_patients,
+        num_patients=num_patients, num_unmeasured=len(training_rows) - len(measured_rows),
     )  # fmt: skip
     scores |= score_free_samples(drawn, args.seed)
     levels = noise_levels(noise_scheduler)
@@ -358,6 +365,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         "base": public_base(config["base"]),
         "adapter": {"sha256": sha256_file(adapter_file), "step": header.get("step")},
         "films": len(bank),
+        "training_films": len(training_rows),
         "patients": len(set(bank.patients)),
         "seed": args.seed,
         "data_hash": config["data_hash"],
@@ -392,7 +400,8 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     of_films = summarise_groups(scores, groups, bank.patients, levels, args.seed)
     metrics["by_group"] = join_groups(of_films, metrics["by_group"])
 
-    # Files, for statistics and for people
+    # Files, for statistics and for people; those of an earlier evaluation are no longer whole
+    (output_dir / "metrics.json").unlink(missing_ok=True)
     write_bytes(output_dir / "features.safetensors", save(features))
     write_jsonl(output_dir / "readings.jsonl", readings)
     write_jsonl(
@@ -438,6 +447,7 @@ class Drawn:
         without_findings: from the second caption and the first film's noise of each of `pairs`.
         pairs: places of held-out films, one with findings, its counterpart without.
         num_patients: of training or held out, whichever are fewer, also those that are not measured.
+        num_unmeasured: training films beside `training_rows`.
     """
 
     held_out_rows: list[dict]
@@ -456,6 +466,7 @@ class Drawn:
     without_findings: Tensor
     pairs: list[tuple[int, int]]
     num_patients: int
+    num_unmeasured: int
 
     def random_pairs(self, seed: int) -> Tensor | None:
         """Return for each held-out film one of another patient, None where there is only one patient."""
@@ -526,7 +537,7 @@ def summarise_sets(
     metrics["memorisation"] = audit(
         {name: asked[name] for name in audited}, {name: spaces["training"][name][of_trained] for name in audited},
         {name: spaces["held_out"][name][of_unknown] for name in audited}, spaces["training"], spaces["held_out"],
-        bank.patients, drawn.num_patients, seed,
+        bank.patients, drawn.num_patients, seed, drawn.num_unmeasured,
     )  # fmt: skip
     nearest = suspects(asked["pixels"], spaces["training"]["pixels"], spaces["held_out"]["pixels"], SHOWN_SUSPECTS)
 
@@ -763,12 +774,13 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     # Every figure by film, averaged within folds, then over folds; and over all films at once
     sizes, summary = [len(rows) for rows in films_by_fold], {}
     starts, num_folds = [sum(sizes[:i]) for i in range(len(sizes))], folds[0]["num_folds"]
+    ratio = held_out_to_training(folds)
     columns = with_gains(films)
     for name, values in sorted(columns.items()):
         means = [statistics.fmean(values[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
         low, high = bootstrap_interval(values, patients, seed)
         pooled = {"pooled": statistics.fmean(values), "pooled_interval": [low, high]}
-        summary[name] = over_folds(means, num_folds) | pooled
+        summary[name] = over_folds(means, ratio) | pooled
     record = {
         "folds": numbers, "num_folds": num_folds, "films": len(films), "patients": len(set(patients)),
         "films_by_fold": sizes, "seed": seed, "base": folds[0]["base"], "data_hash": folds[0]["data_hash"],
@@ -780,7 +792,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
     scores = {kind: columns_of(readings, kind) for kind in ("generated", "base", "real")}
     asked = asked_of(readings, seed)
     record["alignment"] = agreement(asked, scores, [row["new_caption"] for row in readings])
-    record["tstr"] = tstr_over_folds([fold["tstr"] for fold in folds], num_folds)
+    record["tstr"] = tstr_over_folds(folds)
     read_of = {kind: scores[kind] for kind in ("generated", "real")}
     by_reading = agreement_by_group(asked, read_of, subgroups([row["groups"] for row in readings]))
     groups_of = {row["file_name"]: row["groups"] for row in readings}
@@ -819,7 +831,7 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
             record["against"]["alignment"] = agreement_gain(asked, scores["generated"], others)
         else:
             record["against"]["left_out"].append("AUROC of captions: the probes differ, by training films or seed")
-        record["against"]["folder"] = str(against)
+        record["against"]["folder"] = against.resolve().name  # a path may hold a name
 
     # Files, for statistics and for people
     write_json(output_dir / "summary.json", record)

@@ -19,13 +19,14 @@ from tests.training import train
 from utils import validation
 from utils.decoder import decoder_state
 from utils.encoders import FilmSpace
-from utils.files import sha256_file
+from utils.files import read_jsonl, sha256_file
 from utils.images import load_film
 from utils.latents import cache_posteriors
 from utils.metadata import read_metadata
 from utils.pipeline import load_base
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, FAILED, WEIGHTS_NAME
+from utils.runlog import read_config
 from utils.validation import eval_mode, film_bank, score_model
 
 
@@ -287,11 +288,8 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     measure("--cross_validation", runs, "--output_dir", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     figure = summary["figures"]["adapter/ssim/0.5"]
-    means = [
-        json.loads((runs / f"fold{fold}" / "evaluation" / "metrics.json").read_text())["rebuilt"]["0.5"]["ssim"]
-        for fold in (0, 1)
-    ]
-    means = [figures["adapter"]["mean"] for figures in means]
+    folds = [json.loads((runs / f"fold{fold}" / "evaluation" / "metrics.json").read_text()) for fold in (0, 1)]
+    means = [fold["rebuilt"]["0.5"]["ssim"]["adapter"]["mean"] for fold in folds]
     assert figure["by_fold"] == pytest.approx(means)
     assert figure["mean"] == pytest.approx(statistics.fmean(means))
     assert figure["sd"] == pytest.approx(statistics.stdev(means))
@@ -299,9 +297,9 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     assert summary["patients"] == 8
     gain = summary["figures"]["gain/ssim/0.5"]
     assert gain["pooled"] == pytest.approx(figure["pooled"] - summary["figures"]["base/ssim/0.5"]["pooled"])
-    reach = (
-        12.706 * figure["sd"] * (1 / 2 + 1 / 4) ** 0.5
-    )  # t of one degree of freedom; each of five folds is a quarter of the rest
+    trained_on = [read_config(runs / f"fold{fold}")["films"]["training"] for fold in (0, 1)]
+    test_to_train = statistics.fmean(fold["films"] / films for fold, films in zip(folds, trained_on, strict=True))
+    reach = 12.706 * figure["sd"] * (1 / 2 + test_to_train) ** 0.5  # t of one degree of freedom
     assert figure["interval"] == pytest.approx([figure["mean"] - reach, figure["mean"] + reach], rel=1e-4)
     assert (tmp_path / "summary.csv").read_text().count("\n") == len(summary["figures"]) + len(summary["sets"]) + 1
     report = (tmp_path / "report.html").read_text()
@@ -317,6 +315,17 @@ def test_cross_validation_averages_folds_and_pools_films(runs: Path, tmp_path: P
     pooled = summary["distribution"]
     assert (pooled["films"], pooled["generated"]["frechet"]) == (8, None)
     assert pooled["generated"]["kernel"] > pooled["real"]["kernel"]
+
+
+def test_a_fold_of_a_single_patient_is_averaged_in_what_it_has(runs: Path, tmp_path: Path) -> None:
+    """It has no two films of different patients."""
+    few = Path(shutil.copytree(runs, tmp_path / "few"))
+    path = few / "fold1" / "evaluation" / "films.jsonl"
+    rows = [{name: row[name] for name in row if "random_pair" not in name} for row in read_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measure("--cross_validation", few, "--output_dir", tmp_path / "summary")
+    figures = json.loads((tmp_path / "summary" / "summary.json").read_text())["figures"]
+    assert "adapter/ssim/0.5" in figures and not [name for name in figures if "random_pair" in name]
 
 
 def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: Path) -> None:
@@ -340,7 +349,8 @@ def test_two_cross_validations_are_compared_film_by_film(runs: Path, tmp_path: P
         assert against["figures"][name]["interval"] == pytest.approx([0.01, 0.01])
     assert [name for name, of in against["figures"].items() if "p" in of] == ["ssim/0.5"], "one figure is tested"
     assert against["figures"]["ssim/0.5"]["p"] < 0.01
-    assert "p (Wilcoxon, by patient;" in (tmp_path / "better" / "report.html").read_text()
+    page = (tmp_path / "better" / "report.html").read_text()
+    assert "p (Wilcoxon, by patient;" in page and "against worse:" in page and str(tmp_path) not in page
     shutil.rmtree(worse / "fold1")
     shutil.copytree(worse / "fold0", worse / "fold1")
     table = worse / "fold1" / "evaluation" / "films.jsonl"

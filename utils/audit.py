@@ -32,6 +32,7 @@ def audit(
     patients: Sequence[str],
     num_patients: int,
     seed: int,
+    num_unmeasured: int = 0,
 ) -> dict:
     """Audit generated films in each space that films were measured in.
 
@@ -43,12 +44,13 @@ def audit(
         patients: of all those held-out films, [K].
         num_patients: of either side that there are, also where fewer are measured.
         seed: of the resampling.
+        num_unmeasured: training films that are not in `all_train`.
 
     Returns:
         As in `metrics.json`: by space `probability` and its 95 % `interval`; `near_copies`, as `is_near_copy` tells them, a share
         of the generated films with its `near_copies_interval` (Wilson 1927), and `near_copies_expected`, the most that is
         expected without memorisation; then `copies`, as `count_copies` counts them in pixels, `generated`, `references` and
-        `training_films`, the numbers 2 M, M and N, and the `verdict`.
+        `training_films`, the numbers 2 M, M and N, `unmeasured`, and the `verdict`.
     """
     num_held_out = len(patients)
     record: dict = {}
@@ -66,7 +68,9 @@ def audit(
         record |= {"training_films": len(all_train[space])}
     found_in = [record[space] for space in generated]
     record["copies"] = count_copies(generated["pixels"], all_train["pixels"], all_held_out["pixels"])
-    return record | {"verdict": verdict(record["references"], num_patients, found_in, record["copies"])}
+    record |= {"unmeasured": num_unmeasured}
+    found = verdict(record["references"], num_patients, found_in, record["copies"], num_unmeasured)
+    return record | {"verdict": found}
 
 
 def count_copies(films: Tensor, originals: Tensor, others: Tensor) -> int:

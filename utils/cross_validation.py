@@ -45,14 +45,17 @@ def read_folds(out: Path) -> tuple[list[dict], list[list[dict]], list[Path]]:
             file = path.parents[1] / name
             if part in fold and file.is_file() and sha256_file(file) != fold[part]["sha256"]:
                 raise Refused(f"{path.parent} is of another {part} than the one beside it; evaluate that fold again")
-        if "terms" not in fold:
+        if "training_films" not in fold:
             raise Refused(f"{path.parent} is of an earlier version; evaluate that fold again")
     films_by_fold = [read_jsonl(path.with_name("films.jsonl")) for path in evaluations]
     films = [row for rows in films_by_fold for row in rows]
-    if len({frozenset(row) for row in films}) > 1:
+    if len({any(name.startswith("own_decoder/") for name in row) for row in films}) > 1:
         raise Refused(
             f"some folds in {out} have an adapted decoder and others none; evaluate them with --no_vae_decoder"
         )
+    # A fold of a single patient has no pairs of films of different patients: what all films have is averaged
+    shared = set.intersection(*map(set, films))
+    films_by_fold = [[{name: row[name] for name in row if name in shared} for row in rows] for rows in films_by_fold]
     if len({row["file_name"] for row in films}) < len(films):
         numbers = [fold["fold"] for fold in folds]
         raise Refused(f"a film is held out in two of the folds {numbers}; they are not of one cross-validation")
@@ -85,7 +88,12 @@ def columns_of(readings: Sequence[dict], kind: str) -> dict[str, np.ndarray]:
     return {label: np.array([row[kind].get(label, math.nan) for row in readings]) for label in labels}
 
 
-def over_folds(values: Sequence[float], num_folds: int) -> dict:
+def held_out_to_training(folds: Sequence[dict]) -> float:
+    """Return how many films folds hold out for one that they train on, the mean over folds; content of `metrics.json` each."""
+    return statistics.fmean(fold["films"] / fold["training_films"] for fold in folds)
+
+
+def over_folds(values: Sequence[float], test_to_train: float) -> dict:
     """Return `mean`, `sd`, 95 % `interval` and the values themselves as `by_fold` of a figure of each fold.
 
     Folds share most of their training films, so that their figures are more alike than those of other data would be: the
@@ -94,10 +102,10 @@ def over_folds(values: Sequence[float], num_folds: int) -> dict:
 
     Args:
         values: of K folds, two or more.
-        num_folds: that the set was split into, K or more.
+        test_to_train: n_held_out / n_training, from `held_out_to_training`.
     """
     mean, sd, count = statistics.fmean(values), statistics.stdev(values), len(values)
-    reach = float(t.ppf(0.975, count - 1)) * sd * (1 / count + 1 / (num_folds - 1)) ** 0.5
+    reach = float(t.ppf(0.975, count - 1)) * sd * (1 / count + test_to_train) ** 0.5
     return {"mean": mean, "sd": sd, "interval": [mean - reach, mean + reach], "by_fold": list(values)}
 
 
@@ -114,17 +122,20 @@ def sets_over_folds(folds: Sequence[dict]) -> dict[str, dict]:
         return metrics
 
     by_place = {place: [of_fold(fold, place) for fold in folds] for place in SETS_OF_FOLDS}
-    return {
-        place: over_folds(values, folds[0]["num_folds"]) for place, values in by_place.items() if None not in values
-    }
+    ratio = held_out_to_training(folds)
+    return {place: over_folds(values, ratio) for place, values in by_place.items() if None not in values}
 
 
-def tstr_over_folds(parts: Sequence[dict], num_folds: int) -> dict | None:
+def tstr_over_folds(folds: Sequence[dict]) -> dict | None:
     """Return what `LinearProbes.tstr` found, over folds, as the mean over the findings of all of them.
+
+    Args:
+        folds: their `metrics.json`.
 
     Returns:
         `findings`, their names, and by kind of film what `over_folds` returns. None where folds share no finding.
     """
+    parts, ratio = [fold["tstr"] for fold in folds], held_out_to_training(folds)
     findings = [label for label in parts[0].get("labels", {}) if is_finding(label)]
     findings = [label for label in findings if all(label in part.get("labels", {}) for part in parts)]
     if not findings:
@@ -132,7 +143,7 @@ def tstr_over_folds(parts: Sequence[dict], num_folds: int) -> dict | None:
     spread: dict = {"findings": findings}
     for kind in parts[0]["labels"][findings[0]]:
         values = [statistics.fmean(part["labels"][label][kind]["mean"] for label in findings) for part in parts]
-        spread[kind] = over_folds(values, num_folds)
+        spread[kind] = over_folds(values, ratio)
     return spread
 
 

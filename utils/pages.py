@@ -46,12 +46,14 @@ DISTRIBUTION_NOTE = (
     "Frechet: between Gaussians fitted to both sets, biased upwards by few films, so that sets are of one size. Kernel: unbiased, "
     "0 between equal distributions of unrelated films, with its standard error by film. Precision: share of generated films within the reach of real "
     "ones; recall: the reverse; density and coverage: the same, less moved by stray films. Other real films: of "
-    "training patients, as many of each as there are held-out ones, mean and standard deviation of ten draws. Beside those: "
+    "training patients, as many of each as there are held-out ones, with captions of their own, mean and standard deviation of ten draws; a "
+    "model that draws just what its captions say may come nearer. Beside those: "
     "how many times that mean, of the kernel distance, which is 0 there, how many standard deviations beyond it."
 )
 TOO_GOOD_NOTE = (
     "Generated films lie nearer to the held-out ones than other real films do, by more than three standard deviations, or are "
-    "copies of them: too good to be true. Were the held-out films, or copies of them, among those trained on?"
+    "copies of them: too good to be true. Were the held-out films, or copies of them, among those trained on? Without copies it "
+    "may be that captions say nearly all of a film: generated films have those of the held-out ones, other real films their own."
 )
 HALVES_NOTE = (
     "All patients are split in two ten times: distances from one half's real films to films generated from the other half's captions, "
@@ -167,7 +169,9 @@ def report_folds(record: dict, features_note: str, strength: float) -> dict[str,
     names += [
         f"bound/{metric}/{bound}" for metric in ("ssim", "psnr", "ms_ssim") for bound in ("mean_film", "ceiling")
     ]
-    tables: dict = {"Films rebuilt from half the noise": (films_over_folds_table(record, names), FOLDS_NOTE)}
+    has_own_decoder = any(name.startswith("own_decoder/") for name in record["figures"])
+    note = f"{FOLDS_NOTE} {DECODER_NOTE}" if has_own_decoder else FOLDS_NOTE
+    tables: dict = {"Films rebuilt from half the noise": (films_over_folds_table(record, names), note)}
     if "films" in record["distribution"]:
         tables["Generated films of all folds as a set"] = (
             halves_table(record["distribution"]),

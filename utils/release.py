@@ -23,7 +23,9 @@ TOO_FEW, PASSED, FAILED, UNDECIDED = "too few films to say", "passed", "it memor
 NOT_TO_UPLOAD = (FAILED, UNDECIDED)
 
 
-def verdict(num_references: int, num_patients: int, spaces: Sequence[dict], copies: int) -> str:
+def verdict(
+    num_references: int, num_patients: int, spaces: Sequence[dict], copies: int, num_unmeasured: int = 0
+) -> str:
     """Return what an audit says: TOO_FEW, PASSED, FAILED or UNDECIDED.
 
     A copy of the film that was asked for moves the share nearer to training. One of another film of training does not, where
@@ -35,6 +37,7 @@ def verdict(num_references: int, num_patients: int, spaces: Sequence[dict], copi
         num_patients: of either side that there are. Where `--max_films` left out some, that is no reason to let pass.
         spaces: by space `interval`, of the share nearer to training, `near_copies_interval`, and `near_copies_expected`.
         copies: generated films that are a training film.
+        num_unmeasured: training films that were not compared, of which others may be copies.
     """
     lows, highs = zip(*(of["interval"] for of in spaces), strict=True)
     times = [[end / of["near_copies_expected"] for end in of["near_copies_interval"]] for of in spaces]
@@ -43,7 +46,8 @@ def verdict(num_references: int, num_patients: int, spaces: Sequence[dict], copi
         return FAILED
     if num_references < LEAST_FILMS:
         return TOO_FEW if num_patients < LEAST_FILMS else UNDECIDED
-    return PASSED if max(highs) <= HIGHEST_SHARE and most <= MOST_COPIES else UNDECIDED
+    passes = max(highs) <= HIGHEST_SHARE and most <= MOST_COPIES and not num_unmeasured
+    return PASSED if passes else UNDECIDED
 
 
 def read_audit(run_dir: Path) -> dict | None:
@@ -91,6 +95,9 @@ def in_words(audit: dict | None) -> str:
         for space, of in spaces.items()
     )
     expected = spaces["pixels"]["near_copies_expected"]
+    unmeasured = (
+        f" {audit['unmeasured']} more were not compared (--max_training_films)." if audit.get("unmeasured") else ""
+    )
     sampling = audit["sampling"]
     return (
         f"Memorisation audit: {audit['verdict']}. Of {audit['generated']} films, generated in {sampling['num_inference_steps']} steps at "
@@ -99,7 +106,7 @@ def in_words(audit: dict | None) -> str:
         f"films than 99 % of held-out films are, also for how far they are from other held-out films: {copies}; up to {expected:.1%} is "
         f"expected. {audit['copies']} are a training film itself: correlated with it beyond 0.99 and more than any held-out film is. "
         f"To pass takes {LEAST_FILMS} patients each, upper ends of the share up to {HIGHEST_SHARE} and of near copies up to "
-        f"{MOST_COPIES} times those expected; one copy, a lower end beyond {SHOWN_SHARE}, or beyond {MOST_COPIES} times those expected, is memorisation.{_captions_in_words(audit.get('captions'))}"
+        f"{MOST_COPIES} times those expected; one copy, a lower end beyond {SHOWN_SHARE}, or beyond {MOST_COPIES} times those expected, is memorisation.{unmeasured}{_captions_in_words(audit.get('captions'))}"
     )
 
 
