@@ -15,7 +15,7 @@ from scipy import ndimage
 from utils.dicom import UnreadableDicom, declares_text, is_dicom, read_dicom
 from utils.provenance import CHUNK, eight_bits
 
-PREPROCESSING = 2  # raise it when the same film gives other pixels: older sets are then made again, not mixed
+PREPROCESSING = 3  # raise it when the same film gives other pixels: older sets are then made again, not mixed
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow would also run Ghostscript on an EPS file
 MAX_PIXELS = 80_000_000  # four times the largest detector in use, and below the size at which Pillow warns

@@ -132,7 +132,7 @@ ORGANS = re.compile(
 )
 # Of what came before the film: after these a first paragraph tells nothing of it
 BEFORE_THE_FILM = words(
-    "reason", "history", "indications?", r"clinical\w*", "comparison", "technique", "procedure", r"exam\w*", "wet read"
+    "reason", "history", "indications?", r"clinical\w*", "comparison", "technique", "procedure", r"exam\w*"
 )
 # Who reported and when, below a report: an office, or nothing but a name or a date
 OFFICE = words("radiologist", "consultant", "registrar", "gmc", "dr", "prof(?:essor)?")
