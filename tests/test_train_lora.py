@@ -670,11 +670,13 @@ def test_what_out_of_memory_advises_does_not_refuse_the_resume(
 
 def test_a_base_whose_weights_have_changed_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
-    train(base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+    steps = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
+    train(base, tiny_data, tmp_path / "run", *steps)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")  # of a run that is over the base is not looked at
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(Refused, match="other weights"):
-        train(base, tiny_data, tmp_path / "run", "--max_train_steps", "1")
+        train(base, tiny_data, tmp_path / "run", *steps)
 
 
 def test_a_validation_that_is_not_finite_is_refused_and_never_the_best(
