@@ -226,6 +226,8 @@ def test_a_comparison_before_a_colon_leaves_what_follows_it() -> None:
         said = caption_sentences("", f"{before} Left pleural effusion. Heart size is top normal.")
         assert sorted(said) == seen
     assert caption_sentences("", "Comparison: none. Clear lungs.") == ["Clear lungs."]
+    larger = "Right effusion is larger compared to prior: Now moderate."
+    assert caption_sentences(larger, "No pneumothorax.") == [], "what is compared is a finding, and lost"
 
 
 @pytest.mark.parametrize(

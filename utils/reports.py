@@ -16,7 +16,7 @@ def words(*alternatives: str) -> re.Pattern:
 
 # "AP chest compared to ___:" before what is said of the film
 COMPARED = re.compile(
-    r"(?:^|(?<=[.;] ))[^.;:]*\b(?:compared|comparison(?: is)?(?: made)?) (?:to|with)\b(?:[^.;]|\b[ap]\.m\.)*?:\s+(?=[A-Z])",
+    r"(?:^|(?<=[.;] ))[^.;:]*\b(?:compared|comparison(?: is)?(?: made)?) (?:to|with)\b(?:[^.;]|\b[ap]\.m\.)*?:\s+(?=(?-i:[A-Z]))",
     re.IGNORECASE,
 )
 REDACTED = re.compile(r"\S*(?:XXXX|___)\S*?(?P<mark>[.,;:?!]*)(?=\s|$)", re.IGNORECASE)
@@ -125,7 +125,7 @@ FINDINGS = re.compile(
 # ... or an organ, of which what follows tells: "LUNGS AND PLEURA: clear"
 ORGANS = re.compile(
     r"(?:(?:lungs?|pleura(?:l spaces?)?|airways?|trachea|heart|cardiac(?: silhouette)?|cardiomediastin\w*|mediastin\w*|hil(?:a|um)"
-    r"|(?:pulmonary )?vess?els|vascular\w*|vasculature|aorta|bones?|bony(?: structures?)?|osseous(?: structures?)?|skelet\w*|ribs|spine"
+    r"|(?:pulmonary )?vessels|vascular\w*|vasculature|aorta|bones?|bony(?: structures?)?|osseous(?: structures?)?|skelet\w*|ribs|spine"
     r"|soft tissues?|chest wall|thora(?:x|cic cage)|(?:hemi)?diaphragms?|(?:upper )?abdomen|(?:support )?(?:devices?|apparatus)|lines?"
     r"|tubes?|catheters?|hardware)(?:\s*(?:,|/|&|\band\b)\s*|\s*$))+",
     re.IGNORECASE,
@@ -249,10 +249,10 @@ def sections_of(report: str) -> dict[str, str]:
 def told_by(heading: str, body: str) -> str:
     """Return the paragraphs of a section that tell of a film, as `sections_of` says; those of a history alone are none."""
     paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", body) if paragraph.strip()]
-    telling = [paragraph for paragraph in paragraphs[1:] if FINDING.search(paragraph) or NORMAL.search(paragraph)]
+    told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
+    telling = [paragraph for paragraph in told if paragraph is not paragraphs[0]]
     if not telling:
         is_history = BEFORE_THE_FILM.search(heading) and len(paragraphs) == 1
-        told = [paragraph for paragraph in paragraphs if FINDING.search(paragraph) or NORMAL.search(paragraph)]
         return "" if is_history else (told or paragraphs or [""])[-1]
     doubtful = not heading and any(map(states_a_finding, sentences_of(paragraphs[0])))
     if doubtful and all(map(is_normal, sentences_of(" ".join(telling)))):
@@ -315,7 +315,7 @@ def clean(text: str) -> str:
     text = REDACTED.sub(r"\g<mark>", text)
     text = LIST_NUMBER.sub(". ", " ".join(text.split())).lstrip(". ")
     text = re.sub(r"\s+(?=[.,;:?!])", "", text)
-    text = COMPARED.sub("", text)
+    text = COMPARED.sub(lambda before: before[0] if FINDING.search(before[0]) else "", text)
     text = re.sub(r"(?<=[a-z]{2}\.)(?=[A-Z])", " ", text)
     text = re.sub(r"([.?!;,])(?:\s*[.,;:])+", r"\1", text)
     return " ".join(text.split()).strip(" ,;:-")
