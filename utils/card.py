@@ -78,7 +78,7 @@ Data: {data_terms}. {data_terms_in_full}
 KNOWS = "It knows the findings, views and ages of its captions and nothing else."
 CONTROL = "**A control, not for use: its films were trained on with one another's captions, so no prompt means anything to it.**"
 
-SCHEDULE = """It predicts otherwise than its base, and other solvers than one of these settings draw noise with it:
+SCHEDULE = """It predicts something else than its base, or along another noise schedule; a solver that is not told draws noise:
 
 ```python
 from diffusers import DDIMScheduler
