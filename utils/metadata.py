@@ -17,6 +17,7 @@ from utils.refusal import Refused
 MAX_AGE = 110  # years; published tables have ages above 400
 MAX_NAME_BYTES = 200
 TABLES = ("metadata.jsonl", "metadata.csv")
+SEXES = {"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}
 NO_FINDING = ("", "no finding", "no findings", "normal", "none", "nan")  # names of findings that are none
 
 

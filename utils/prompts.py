@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils.captions import VIEW_NAMES, caption
-from utils.metadata import MAX_AGE, NO_FINDING, findings_list, parse_table
+from utils.metadata import MAX_AGE, NO_FINDING, SEXES, findings_list, parse_table
 from utils.refusal import Refused
 
 LABELS = ("findings", "view", "age", "sex")  # columns of a table that go along with a prompt
@@ -97,7 +97,7 @@ def labels_of(row: dict) -> dict:
     for name in {"view", "sex"} & labels.keys():
         labels[name] = str(labels[name]).upper()
     if "sex" in labels:
-        labels["sex"] = {"MALE": "M", "FEMALE": "F"}.get(labels["sex"], labels["sex"])
+        labels["sex"] = SEXES.get(labels["sex"], labels["sex"])
     age = str(labels.pop("age", "")).removesuffix(".0")  # as pandas writes a column with gaps
     if age.isdecimal() and int(age) <= MAX_AGE:
         labels["age"] = int(age)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from utils.films import Film, view_named
-from utils.metadata import MAX_AGE, MAX_NAME_BYTES, finding_names, parse_table, path_fault
+from utils.metadata import MAX_AGE, MAX_NAME_BYTES, SEXES, finding_names, parse_table, path_fault
 from utils.mirror import Mirror
 from utils.refusal import Refused
 
@@ -77,7 +77,7 @@ def film_of(row: dict, table: str) -> Film:
         findings=finding_names(row.get("findings")),
         view=view_named(row.get("view")),
         age=age_in_years(row.get("age")),
-        sex={"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}.get(str(row.get("sex") or "").strip().upper()),
+        sex=SEXES.get(str(row.get("sex") or "").strip().upper()),
         sha256=file_hash(row.get("sha256")),
         is_prepared=True if {"borders", "geometry"} <= set(row) else None,
     )
