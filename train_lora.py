@@ -203,7 +203,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank): sqrt(rank) times as much")
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
-    add("--use_ema", action="store_true", help="validate and keep the moving average of the adapters")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="validate and keep the moving average of the adapters, not the adapters of a step [on]",
+    )
     add("--ema_decay", type=float, default=0.999, help="its decay is 1 - step^(-2/3), and at most this [0.999]")
 
     add = parser.add_argument_group("objective").add_argument

@@ -438,8 +438,8 @@ def test_the_moving_average_is_what_is_validated_and_kept(tiny_base: Path, tiny_
         "--checkpoints_total_limit",
         "0",
     )
-    train(tiny_base, tiny_data, tmp_path / "plain", *more)
-    train(tiny_base, tiny_data, tmp_path / "averaged", *more, "--use_ema")
+    train(tiny_base, tiny_data, tmp_path / "plain", *more, "--no-use_ema")
+    train(tiny_base, tiny_data, tmp_path / "averaged", *more)
     shadow = None
     for step in (1, 2, 3, 4):
         _, plain = load_checkpoint(tmp_path / "plain" / f"checkpoint-{step}")

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, run_dir: Path, seed: int, flags: tuple[str, 
 
 
 def score_run(args: argparse.Namespace, run_dir: Path, seed: int) -> dict:
-    """Return the best SSIM, with its MSE and step, of adapters and averages, and both with an adapted decoder."""
+    """Return the best SSIM, with its MSE and step, of adapters and averages, both with an adapted decoder, and each step's."""
     settings = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["settings"]
     rows = with_folds(read_metadata(args.data), group_by="patient_id")
     training_rows, validation_rows, _ = split_fold(rows, args.fold, seed)
@@ -116,7 +116,8 @@ def score_run(args: argparse.Namespace, run_dir: Path, seed: int) -> dict:
         bank, record={}, max_train_steps=args.decoder_steps, learning_rate=settings["adapt_decoder_lr"], seed=seed,
     )  # fmt: skip
     after = score_round_trip(bank, vae, 16)["ssim"].mean().item()
-    results = {"films": len(bank), "ceiling": before, "adapted ceiling": after}
+    by_step = {step: {"adapters": adapters[step], "averages": averages[step]} for step in tensors}
+    results = {"films": len(bank), "ceiling": before, "adapted ceiling": after, "by_step": by_step}
     for kind, (seen, state) in best.items():
         results |= {kind: seen, f"{kind}, adapted decoder": score(base, state, bank) | {"step": seen["step"]}}
     put_on_decoder(vae, own)
@@ -150,6 +151,20 @@ def table(scores: dict[tuple[str, int], dict], seeds: list[int]) -> None:
             ]
             steps = " ".join(str(row["step"]) for row in ours)
             print(f"{variant:<28}{kind:<28}{means[0]:>8.4f}{means[1]:>9.4f}{steps:>18}  {apart[0]}; {apart[1]}")
+
+    print(
+        f"\n{'variant':<28}{'step':>6}{'seeds':>7}  SSIM, MSE of adapters and of averages, means over the seeds that got there"
+    )
+    for variant in VARIANTS:
+        curves = [scores[variant, seed]["by_step"] for seed in seeds]
+        for step in max(curves, key=len):
+            there = [curve[step] for curve in curves if step in curve]
+            means = [
+                statistics.fmean(row[kind][name] for row in there)
+                for kind in ("adapters", "averages")
+                for name in METRICS
+            ]
+            print(f"{variant:<28}{step:>6}{len(there):>7}  " + "  ".join(f"{mean:.4f}" for mean in means))
 
 
 if __name__ == "__main__":
