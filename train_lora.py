@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import utils.quiet  # noqa: F401
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -78,6 +79,7 @@ from utils.hardware import (
     choose_mixed_precision,
     compile_blocks,
     compile_problem,
+    count_local_processes,
     explain_out_of_memory,
     keep_freed_memory,
     largest_batch_size,
@@ -405,7 +407,7 @@ def load_films(
         directory=data_dir, rows=rows, vae=base.vae, cache_dir=Path(args.cache_dir or "cache"),
         resolution=args.resolution, interpolation=args.image_interpolation_mode, batch_size=args.validation_batch_size,
         num_workers=args.dataloader_num_workers, process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes, wait_for_everyone=accelerator.wait_for_everyone,
+        num_processes=count_local_processes(accelerator.num_processes), wait_for_everyone=accelerator.wait_for_everyone,
         owner=str(Path(args.output_dir).resolve()),
     )  # fmt: skip
     with explain_out_of_memory("encoding films", "lower --validation_batch_size"):
@@ -697,11 +699,13 @@ def main(args: argparse.Namespace) -> int:
         training_rows = shuffle_captions(training_rows, args.seed)
 
     # Devices and precision
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of other machines, while the first encodes films
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=choose_mixed_precision(args.mixed_precision),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(run_dir),
+        kwargs_handlers=[patient],
     )
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # whatever the environment says
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):

@@ -45,22 +45,25 @@ def test_a_cached_posterior_is_that_of_its_film(vae, tiny_data: Path, tmp_path: 
 
 
 def test_shares_of_several_processes_are_the_whole(vae, tiny_data: Path, tmp_path: Path) -> None:
-    """Two processes, here two threads with a barrier, fill one cache."""
-    rows, barrier = read_metadata(tiny_data), Barrier(2)
+    """Two processes, here threads with a barrier, fill one cache; a third, as of another machine, waits for it."""
+    rows, barrier = read_metadata(tiny_data), Barrier(3)
+    caches = {}
     alone = cache_posteriors(tiny_data, rows, vae, tmp_path / "alone", 64, batch_size=1)
 
     def build(process_index: int) -> None:
-        cache_posteriors(tiny_data, rows, vae, tmp_path / "both", 64, batch_size=1, process_index=process_index,
-                         num_processes=2, wait_for_everyone=barrier.wait)  # fmt: skip
+        caches[process_index] = cache_posteriors(
+            tiny_data, rows, vae, tmp_path / "both", 64, batch_size=1, process_index=process_index, num_processes=2,
+            wait_for_everyone=barrier.wait,
+        )  # fmt: skip
 
-    threads = [Thread(target=build, args=(index,)) for index in (0, 1)]
+    threads = [Thread(target=build, args=(index,)) for index in (0, 1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    both = cache_posteriors(tiny_data, rows, vae, tmp_path / "both", 64)
-    assert np.array_equal(both.mean, alone.mean)
-    assert np.array_equal(both.std, alone.std)
+    for cache in (caches[0], caches[1], caches[2]):
+        assert np.array_equal(cache.mean, alone.mean)
+        assert np.array_equal(cache.std, alone.std)
 
 
 def test_what_a_worker_process_refuses_is_said_in_a_line(vae, own_data: Path, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def count_local_processes(num_processes: int) -> int:
+    """Return how many of a launch's processes are this machine's, which their launcher says where there are several."""
+    return min(num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA's fp32 products and convolutions round to 10 bits of mantissa, or not; PyTorch lets convolutions by itself."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep memory that is freed, a gigabyte at most and in blocks of up to 32 MiB, for the next tensors.
 

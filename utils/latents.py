@@ -184,8 +184,9 @@ def cache_posteriors(
 ) -> Posteriors:
     """Return the posteriors of `rows`, encoding them first where no earlier run has.
 
-    Every process encodes its share into one set of files, which gets its final name when all shares are finite. A
-    build that a kill cut short goes on at the batch where it was.
+    Processes encode a share each into one set of files, which gets its final name when all shares are finite. They are
+    those of one machine: films of several lie on one page of a file, and of a page that two machines write to, a
+    network folder keeps one machine's. A build that a kill cut short goes on at the batch where it was.
 
     Args:
         directory: folder that the rows' `file_name` is relative to.
@@ -195,7 +196,8 @@ def cache_posteriors(
         resolution, interpolation: size of the films and how they are brought to it.
         mirrored: encode the mirror images instead (`--random_flip`).
         batch_size, num_workers: films at a time, reading processes.
-        process_index, num_processes, wait_for_everyone: which share is ours, and the barrier between processes.
+        process_index, num_processes: which share is ours of how many; a process beyond those waits for them.
+        wait_for_everyone: the barrier between all processes.
         owner: name of the run, so that two runs may build the same cache at once.
 
     Raises:
@@ -216,27 +218,10 @@ def cache_posteriors(
     wait_for_everyone()
     if not partial.is_dir():
         return Posteriors(folder, len(rows))
-    files = Posteriors(partial, len(rows), writable=True)
-    share = range(process_index, len(rows), num_processes)
-    batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-    # Batches are those of an unbroken build, so that its numbers come out to the last digit
-    batches = [films for films in batches if not all(map(files.is_whole, films))]
-    films = FilmDataset(directory, rows, resolution, interpolation)
-    with tqdm(
-        total=len(share), initial=len(share) - sum(map(len, batches)), desc="encoding films", unit="film",
-        disable=process_index > 0,
-    ) as bar:  # fmt: skip
-        loader = refusals_in_words(DataLoader(films, batch_sampler=batches, num_workers=num_workers))
-        for where, batch in zip(batches, loader, strict=True):
-            mean, std = encode(vae, batch.flip(-1) if mirrored else batch)
-            for i, film_mean, film_std in zip(where, mean, std, strict=True):
-                if not (film_mean.isfinite().all() and film_std.isfinite().all()):
-                    raise Refused(f"{rows[i]['file_name']}: its latents are not finite; the autoencoder needs fp32")
-                files.mean[i], files.std[i] = film_mean.numpy(), film_std.numpy()
-                files.checksum[i] = checksum_of(files.mean[i], files.std[i])
-            bar.update(len(batch))
-    for file in (files.mean, files.std, files.checksum):
-        file.flush()
+    if process_index < num_processes:
+        films = FilmDataset(directory, rows, resolution, interpolation)
+        share = range(process_index, len(rows), num_processes)
+        encode_into(partial, films, share, vae, mirrored, batch_size, num_workers, has_bar=process_index == 0)
     wait_for_everyone()
     if process_index == 0:
         write_json(partial / "index.json", {"shape": shape, "resolution": resolution, "mirrored": mirrored})
@@ -248,6 +233,44 @@ def cache_posteriors(
             shutil.rmtree(partial)  # another run was quicker
     wait_for_everyone()
     return Posteriors(folder, len(rows))
+
+
+def encode_into(
+    folder: Path,
+    films: FilmDataset,
+    share: range,
+    vae: AutoencoderKL,
+    mirrored: bool,
+    batch_size: int,
+    num_workers: int,
+    has_bar: bool,
+) -> None:
+    """Encode a share of the films into the files of a cache, but for those that are whole there.
+
+    Raises:
+        Refused: for a film that cannot be read, or whose posterior is not finite, by name.
+    """
+    files = Posteriors(folder, len(films), writable=True)
+    batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+    # Batches are those of an unbroken build, so that its numbers come out to the last digit
+    batches = [batch for batch in batches if not all(map(files.is_whole, batch))]
+    with tqdm(
+        total=len(share), initial=len(share) - sum(map(len, batches)), desc="encoding films", unit="film",
+        disable=not has_bar,
+    ) as bar:  # fmt: skip
+        loader = refusals_in_words(DataLoader(films, batch_sampler=batches, num_workers=num_workers))
+        for where, batch in zip(batches, loader, strict=True):
+            mean, std = encode(vae, batch.flip(-1) if mirrored else batch)
+            for i, film_mean, film_std in zip(where, mean, std, strict=True):
+                if not (film_mean.isfinite().all() and film_std.isfinite().all()):
+                    raise Refused(
+                        f"{films.rows[i]['file_name']}: its latents are not finite; the autoencoder needs fp32"
+                    )
+                files.mean[i], files.std[i] = film_mean.numpy(), film_std.numpy()
+                files.checksum[i] = checksum_of(files.mean[i], files.std[i])
+            bar.update(len(batch))
+    for file in (files.mean, files.std, files.checksum):
+        file.flush()
 
 
 def allocate(folder: Path, shape: tuple[int, ...]) -> None:
