@@ -83,8 +83,9 @@ def main(args: argparse.Namespace) -> int:
     begun = begun_precision(args.run) if args.run else None
     if args.command:
         cards = find_cards()
-        if not cards and (why := explain_no_card()).fatal:
-            raise Refused(f"{why.found}; {why.mend}; or train on the CPU: ACCELERATE_USE_CPU=true")
+        for why in check_cards(cards):
+            if why.fatal:
+                raise Refused(f"{why.found}; {why.mend}; or train on the CPU: ACCELERATE_USE_CPU=true")
         print(training_command(cards, begun, not args.no_launcher))
         return 0
     print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
@@ -191,6 +192,11 @@ def check_cards(cards: Sequence[Card]) -> Iterator[Finding]:
     import torch
 
     for number, card in enumerate(cards):
+        if problem := kernel_problem(number):
+            found = f"{card.name} computes nothing with torch {torch.__version__} ({problem})"
+            mend = "a torch that was built for it (CUDA 12.6 for P100 and V100): pytorch.org/get-started/locally"
+            yield Finding(f"GPU {number}", found, mend, fatal=True)
+            continue
         free = torch.cuda.mem_get_info(number)[0] / 2**30
         found = f"{card.name}, {card.memory:.1f} GiB, {free:.1f} free, CUDA {torch.version.cuda}"
         taken = free < 0.9 * card.memory
@@ -198,6 +204,20 @@ def check_cards(cards: Sequence[Card]) -> Iterator[Finding]:
         yield Finding(f"GPU {number}", found, mend)
     if not cards:
         yield explain_no_card()
+
+
+def kernel_problem(number: int) -> str | None:
+    """Return why a card computes nothing, or None where it does: a build of torch lists cards that it has no kernels for."""
+    import torch
+
+    try:
+        ones = torch.ones(8, 8, device=f"cuda:{number}")
+        (ones @ ones).sum().item()
+    except torch.OutOfMemoryError:  # what is free on it is said anyway
+        return None
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def explain_no_card() -> Finding:

@@ -145,8 +145,24 @@ def test_a_card_that_the_environment_leaves_out_is_not(name, value, unseen: pyte
 def test_a_card_that_something_else_fills_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (2**30, 22 * 2**30))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(doctor, "kernel_problem", lambda number: None)
     (finding,) = doctor.check_cards([L4])
     assert "22.2 GiB, 1.0 free, CUDA 12.8" in finding.found and not finding.fatal and "end what else" in finding.mend
+
+
+def test_a_card_that_this_torch_has_no_kernels_for_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed with its memory like any other, and fails at the first product."""
+
+    def ones(*size: int, device: str) -> torch.Tensor:
+        raise torch.AcceleratorError(f"CUDA error: no kernel image is available on {device}\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (22 * 2**30, 22 * 2**30))
+    (finding,) = doctor.check_cards([L4])
+    assert finding.fatal and "no kernel image is available on cuda:0)" in finding.found
+    monkeypatch.setattr(doctor, "find_cards", lambda: [L4])
+    with pytest.raises(Refused, match="NVIDIA L4 computes nothing.*CUDA 12.6"):
+        doctor.main(doctor.parse_args(["--command"]))
 
 
 def test_without_the_hub_a_base_that_is_here_still_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
