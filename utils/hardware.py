@@ -97,15 +97,17 @@ def keep_freed_memory() -> None:
 def xformers_problem() -> str | None:
     """Return why xformers' attention cannot run here, or None where it can. PyTorch's SDPA serves everywhere.
 
-    Tried out rather than looked up: a build for another torch imports well and fails at the first call.
+    Tried out rather than looked up: a build for another torch imports well and fails at the first call, and cards that
+    compute in fp16 may have no kernel for the fp32 that diffusers tries it with.
     """
     if not is_cuda_used():
         return "xformers has kernels for CUDA devices only"
     try:
         import xformers.ops
 
-        query = torch.randn(1, 8, 1, 64, device="cuda", dtype=torch.float16)
-        xformers.ops.memory_efficient_attention(query, query, query)
+        for dtype in (torch.float32, torch.float16):
+            query = torch.randn(1, 8, 1, 40, device="cuda", dtype=dtype, requires_grad=True)
+            xformers.ops.memory_efficient_attention(query, query, query).sum().backward()
     except Exception as error:  # whatever a foreign kernel raises
         return f"xformers does not run here ({' '.join(str(error).split())[:160]})"
     return None
