@@ -714,8 +714,8 @@ def main(args: argparse.Namespace) -> int:
             "each (accelerate launch --multi_gpu)"
         )
     device, say = accelerator.device, accelerator.print
+    use_all_cores()  # beside a GPU films are scored by them
     if device.type == "cpu":
-        use_all_cores()
         keep_freed_memory()
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
