@@ -224,6 +224,10 @@ def evaluate_fold(args: argparse.Namespace) -> None:
 
     # The model as it was trained
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
+    if accelerator.num_processes > 1:
+        raise Refused("evaluate.py is for one process; start it with python evaluate.py, folds side by side")
+    allow_tf32(accelerator.mixed_precision != "no")
+    use_all_cores()
     device = accelerator.device
     space = SPACES[args.features](device)
     cache_dir = args.cache_dir or config.get("cache_dir")
