@@ -610,7 +610,8 @@ def serve(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if key not in held:
             while len(held) > 1:
                 held.popitem(last=False)
-            accelerator.free_memory()  # it remembers all models that it prepared
+            accelerator.free_memory()  # it remembers all models that it prepared, and forgets them
+            accelerator.free_memory()  # after it has collected garbage: now they go
             held[key] = load_model(asked, accelerator)
         held.move_to_end(key)
         return held[key]
