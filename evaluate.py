@@ -104,7 +104,13 @@ from utils.findings import (
     single_findings,
 )
 from utils.folds import draw_most_patients, draw_patients, draw_rows, patient_of
-from utils.hardware import choose_mixed_precision, explain_out_of_memory, keep_freed_memory, use_all_cores
+from utils.hardware import (
+    allow_tf32,
+    choose_mixed_precision,
+    explain_out_of_memory,
+    keep_freed_memory,
+    use_all_cores,
+)
 from utils.latents import FilmDataset, cache_posteriors, hash_weights, is_cached, load_films, mean_film
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
@@ -233,7 +239,6 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     cache_dir = args.cache_dir or config.get("cache_dir")
     base = load_base(config["base"], settings["revision"], settings["variant"], cache_dir)
     if device.type == "cpu":
-        use_all_cores()
         keep_freed_memory()
     if device.type == "cpu" or config["resolution"] >= 512:
         base.vae.enable_slicing()  # film by film, which stays in a processor's cache, or takes a fraction of the memory

@@ -43,6 +43,7 @@ from utils.decoder import find_decoder, put_on_decoder, read_decoder
 from utils.files import require_space, require_writable, sha256_file, write_bytes
 from utils.films import UnusableFilm
 from utils.hardware import (
+    allow_tf32,
     choose_mixed_precision,
     compile_blocks,
     compile_problem,
@@ -501,8 +502,9 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
     accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
+    allow_tf32(accelerator.mixed_precision != "no")
+    use_all_cores()
     if accelerator.device.type == "cpu":
-        use_all_cores()
         keep_freed_memory()
     if args.serve:
         serve(args, accelerator)

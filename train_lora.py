@@ -74,6 +74,7 @@ from utils.files import (
 )
 from utils.folds import draw_rows, shuffle_captions, split_fold, with_folds
 from utils.hardware import (
+    allow_tf32,
     capture_graph,
     choose_adamw,
     choose_mixed_precision,
@@ -719,7 +720,7 @@ def main(args: argparse.Namespace) -> int:
         keep_freed_memory()
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    allow_tf32(args.allow_tf32)
     say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
     say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "
