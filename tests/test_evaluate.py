@@ -6,6 +6,7 @@ import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,6 +398,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(evaluate, "load_base", load_base)
     with pytest.raises(OSError, match=r"config\.json"):
         measure("--lora", runs / "fold0", "--output_dir", runs / "fold0" / "config.json")
+
+
+def test_several_processes_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would evaluate everything, and write into the others' files."""
+    monkeypatch.setattr(evaluate, "Accelerator", lambda **kwargs: SimpleNamespace(num_processes=2))
+    with pytest.raises(Refused, match="start it with python evaluate.py"):
+        measure("--lora", runs / "fold0")
 
 
 def test_only_what_means_the_same_is_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
