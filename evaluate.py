@@ -108,6 +108,7 @@ from utils.hardware import (
     allow_tf32,
     choose_mixed_precision,
     explain_out_of_memory,
+    is_cuda_used,
     keep_freed_memory,
     use_all_cores,
 )
@@ -177,7 +178,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=25, help="solver steps of the free samples [25]")
     add("--guidance_scale", type=float, default=4.0, help="their classifier-free guidance [4]")
     add("--batch_size", type=int, default=16, help="films at a time [16]")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="[fp16 on a GPU where the run had it, else accelerate's, else bf16 where native, else no]",
+    )
 
     add = parser.add_argument_group("files").add_argument
     add("--train_data_dir", type=Path, help="the films [where the run found them]")
@@ -229,7 +234,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     whole_fold, held_out_rows = held_out_rows, draw_most_patients(held_out_rows, args.max_films, args.seed)
 
     # The model as it was trained
-    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
+    in_fp16 = settings["mixed_precision"] == "fp16" and is_cuda_used()  # a GPU without bf16, where fp32 takes hours
+    precision = choose_mixed_precision(args.mixed_precision or ("fp16" if in_fp16 else None))
+    accelerator = Accelerator(mixed_precision=precision)
     if accelerator.num_processes > 1:
         raise Refused("evaluate.py is for one process; start it with python evaluate.py, folds side by side")
     allow_tf32(accelerator.mixed_precision != "no")
