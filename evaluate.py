@@ -110,6 +110,7 @@ from utils.hardware import (
     explain_out_of_memory,
     is_cuda_used,
     keep_freed_memory,
+    precision_name,
     use_all_cores,
 )
 from utils.latents import FilmDataset, cache_posteriors, hash_weights, is_cached, load_films, mean_film
@@ -279,7 +280,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         tokenize(base.tokenizer, captions), vae.config.scaling_factor, resolution, interpolation,
     )  # fmt: skip
     print(f"fold {config['fold']}: {len(bank)} held-out films of {len(set(bank.patients))} patients, "
-          f"{accelerator.mixed_precision} on {device.type}")  # fmt: skip
+          f"{precision_name(accelerator.mixed_precision)} on {device.type}")  # fmt: skip
 
     # What was drawn and scored before this evaluation was cut off is not drawn and scored again
     asked = {name: vars(args)[name] for name in ("seed", "num_inference_steps", "guidance_scale", "batch_size")}

@@ -49,6 +49,7 @@ from utils.hardware import (
     compile_problem,
     explain_out_of_memory,
     keep_freed_memory,
+    precision_name,
     replay_predictions,
     use_all_cores,
 )
@@ -390,7 +391,9 @@ def load_model(
         replay_predictions(base.unet)
 
     named = ", ".join(f"{file} x {scale:g}" for file, scale in zip(files, scales, strict=True)) or "none"
-    accelerator.print(f"base {base_name}, adapter {named}, {accelerator.mixed_precision} on {accelerator.device.type}")
+    accelerator.print(
+        f"base {base_name}, adapter {named}, {precision_name(accelerator.mixed_precision)} on {accelerator.device.type}"
+    )
     made_for = [public_base(of.get("base", base_name)) for _, of in adapters]
     for file, name in zip(files, made_for, strict=True):
         if name != public_base(base_name):

@@ -85,6 +85,7 @@ from utils.hardware import (
     keep_freed_memory,
     largest_batch_size,
     leave_out_cudnn_attention,
+    precision_name,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
@@ -721,7 +722,7 @@ def main(args: argparse.Namespace) -> int:
     if args.allow_tf32 is None:  # numbers that are rounded to 16 bits anyway
         args.allow_tf32 = accelerator.mixed_precision != "no"
     allow_tf32(args.allow_tf32)
-    say(f"base {args.pretrained_model_name_or_path}, {accelerator.mixed_precision} precision, "
+    say(f"base {args.pretrained_model_name_or_path}, {precision_name(accelerator.mixed_precision)}, "
         f"{accelerator.num_processes} x {device.type}")  # fmt: skip
     say(f"{len(training_rows)} films to train on, {len(validation_rows)} to validate, fold {args.fold} with "
         f"{len(held_out_rows)} held out")  # fmt: skip
