@@ -174,6 +174,11 @@ def test_merged_with_weight_zero_there_is_the_bare_base_and_with_one_the_trained
 def test_files_that_are_no_adapter_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no adapter at"):
         find_adapter(tmp_path)
+    (tmp_path / "fold3" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "fold3" / "config.json").touch()
+    for beside in (tmp_path, tmp_path / "fold3" / "checkpoint-9"):
+        with pytest.raises(Refused, match=f"name a run: {tmp_path}/fold3, or train"):
+            find_adapter(beside)
     (tmp_path / "adapter.bin").write_bytes(b"pickle")
     with pytest.raises(Refused, match="pickle"):
         find_adapter(tmp_path / "adapter.bin")

@@ -23,6 +23,7 @@ from utils.files import canonical_json, write_bytes
 from utils.linear import FrozenLinear, low_rank_product
 from utils.refusal import Refused
 from utils.release import HEADER_KEY, WEIGHTS_NAME
+from utils.runlog import which_run
 
 # Each preset adds to the one before it
 UNET_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
@@ -179,10 +180,13 @@ def find_adapter(path: Path) -> Path:
     Raises:
         Refused: where there is none, or only a pickle.
     """
+    run_dir = path
     if path.is_dir():
         path = path / WEIGHTS_NAME
     if not path.exists():
-        raise Refused(f"no adapter at {path}; train one first: accelerate launch train_lora.py --fold 0")
+        raise Refused(
+            f"no adapter at {path}; {which_run(run_dir)}, or train one: accelerate launch train_lora.py --fold 2"
+        )
     if path.suffix != ".safetensors":
         raise Refused(f"{path} is no safetensors file; others are pickles, which can run code when they are loaded")
     return path

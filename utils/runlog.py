@@ -24,11 +24,18 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def which_run(folder: Path) -> str:
+    """Return what to name in place of a folder that is no run's: a run in it or around it, where there is one."""
+    around = [folder.parent] if (folder.parent / "config.json").is_file() else []
+    runs = around + sorted(path.parent for path in folder.glob("*/config.json"))
+    return f"name a run: {', '.join(map(str, runs[:8]))}" if runs else "expected a folder such as out/fold2"
+
+
 def read_config(run_dir: Path) -> dict:
     """Return a run's settings as `train_lora.py` recorded them."""
     config = run_dir / "config.json"
     if not config.is_file():
-        raise Refused(f"no training run at {run_dir} ({config} is missing); expected a folder such as out/fold2")
+        raise Refused(f"no training run at {run_dir} ({config} is missing); {which_run(run_dir)}")
     try:
         record = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
