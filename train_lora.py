@@ -584,8 +584,8 @@ def flush(
             films = [names[stream.film_at(row["position"] + i)] for i in range(films_a_step)]
             wider = {"fp16": " or with --mixed_precision bf16 or no", "bf16": " or with --mixed_precision no"}
             refusal = Refused(
-                f"step {row['step']}: loss {loss}, gradient norm {norm}; earlier checkpoints are kept. Start afresh "
-                f"(--resume_from_checkpoint none) at a lower --learning_rate{wider.get(accelerator.mixed_precision, '')}. "
+                f"step {row['step']}: loss {loss}, gradient norm {norm}; earlier checkpoints are kept. Begin another run "
+                f"(--output_dir) at a lower --learning_rate{wider.get(accelerator.mixed_precision, '')}. "
                 f"Films of the step: {', '.join(films)}"
             )
             break
@@ -898,8 +898,8 @@ def main(args: argparse.Namespace) -> int:
             scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
             if not all(values.isfinite().all() for values in scores.values()):
                 raise Refused(
-                    f"step {step}: validation films score no finite numbers. Start afresh (--resume_from_checkpoint none) at a "
-                    "lower --learning_rate or with --mixed_precision bf16 or no"
+                    f"step {step}: validation films score no finite numbers. Begin another run (--output_dir) at a lower "
+                    "--learning_rate or with --mixed_precision bf16 or no"
                 )
             is_first = early_stopping.best is None
             is_best = early_stopping.update(step, scores[f"ssim/{HEADLINE}"].tolist()) if step > 0 else False
