@@ -790,6 +790,12 @@ def main(args: argparse.Namespace) -> int:
     base = with_schedule(base, args.prediction_type, args.rescale_betas_zero_snr)
     noise_scheduler = base.noise_scheduler
     args.resolution = args.resolution or base.resolution
+    enlarged = [
+        row for row in rows if min(row.get(side) or args.resolution for side in ("width", "height")) < args.resolution
+    ]
+    if enlarged:
+        say(f"{len(enlarged)} of {len(rows)} films are smaller than {args.resolution} px and are enlarged, which adds no detail "
+            f"({BUNDLED_BASE} is a base for 128 px)")  # fmt: skip
     if args.resolution % base.pixel_multiple:
         raise Refused(f"--resolution {args.resolution}; this base needs a multiple of {base.pixel_multiple}")
     vae = base.vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
