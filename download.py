@@ -381,7 +381,7 @@ def select_films(films: list[Film], view: str, most_each: int | None) -> tuple[l
         if reason is None and not film.text:
             reason = "no text"
         if reason is None and view == "frontal" and film.view is not None and film.view not in FRONTAL_VIEWS:
-            reason = "view not known" if film.view == UNKNOWN_VIEW else "not frontal"
+            reason = "view not known" if film.view == UNKNOWN_VIEW else f"not frontal but {film.view}"
         if reason is None and most_each is not None and film.patient_id is not None:
             of_patient[film.patient_id] += 1
             reason = "one more of its patient" if of_patient[film.patient_id] > most_each else None

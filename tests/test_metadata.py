@@ -125,6 +125,7 @@ def test_folders_without_one_table_are_refused(tmp_path):
     [
         ("t.csv", b"", "t.csv lacks file_name, text; it has none"),
         ("t.csv", b"file_name,label\na.png,x\n", "t.csv lacks text; it has file_name, label"),
+        ("t.csv", b"file_name;text\na.png;x\n", "t.csv: columns are separated by ';'; save it with commas"),
         ("t.csv", b"file_name,text\n", "no rows"),
         ("t.csv", b"file_name,text\na.png,Edema, mass\n", "line 2: more cells"),
         ("t.csv", b"file_name,text\na.png\n", "line 2: fewer cells"),
@@ -317,6 +318,8 @@ def test_folders_that_cannot_be_used_are_refused(tables, message, tmp_path):
         (["No Finding"], []),
         ("No finding", []),
         ("Edema;Effusion", ["Edema", "Effusion"]),
+        ("Effusion, Edema", ["Edema", "Effusion"]),
+        ("Effusion, left|Edema", ["Edema", "Effusion, left"]),
         ('["Edema"]', ["Edema"]),
         ("Effusion | Edema", ["Edema", "Effusion"]),
         ("", None),

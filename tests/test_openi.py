@@ -92,7 +92,7 @@ def test_reports_become_captions_and_patients(mirror: Path, tmp_path: Path) -> N
     assert {(row["source_id"], row["reason"]) for row in read_jsonl(data / "rejected.jsonl")} == {
         ("CXR1_IM-0001-1001", "no text"),
         ("CXR2_IM-0002-1001", "view not known"),
-        *((f"CXR{uid}_1_IM-{uid:04d}-2001", "not frontal") for uid in (4, 8, 12)),
+        *((f"CXR{uid}_1_IM-{uid:04d}-2001", "not frontal but LATERAL") for uid in (4, 8, 12)),
     }
 
 

@@ -80,7 +80,7 @@ class Film:
 
 def view_named(name: object) -> str | None:
     """Return the view that a table calls by any of its usual names, another one as it is, None where it says nothing."""
-    text = " ".join(str(name or "").split()).upper()
+    text = " ".join(str(name or "").replace(".", "").split()).upper()
     return VIEWS.get(text, text) or None
 
 

@@ -43,7 +43,9 @@ def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_fol
             "draw them with other noise each: generate.py --own_noise"
         )
     if num_groups < num_folds:
-        raise Refused(f"{num_groups} patients cannot fill {num_folds} folds; use more films or a smaller --num_folds")
+        raise Refused(
+            f"{num_groups} patients cannot fill {num_folds} folds; take more films, or fewer folds: download.py --num_folds"
+        )
     counts = Counter(strata)
     commonest = min(counts, key=lambda stratum: (-counts[stratum], str(stratum)))
     labels = [str(stratum if counts[stratum] >= num_folds else commonest) for stratum in strata]
@@ -55,7 +57,9 @@ def assign_folds(groups: Sequence[Hashable], strata: Sequence[Hashable], num_fol
     for fold, (_, held_out) in enumerate(splitter.split(labels, labels, [order[group] for group in groups])):
         folds[held_out] = fold
     if len(set(folds.tolist())) < num_folds:
-        raise Refused(f"the films of {num_groups} patients do not fill {num_folds} folds; use a smaller --num_folds")
+        raise Refused(
+            f"the films of {num_groups} patients do not fill {num_folds} folds; make fewer: download.py --num_folds"
+        )
     return folds.tolist()
 
 

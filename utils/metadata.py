@@ -36,7 +36,7 @@ def parse_table(name: str, content: bytes, columns: Collection[str], extra_cells
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Refused(f"{name} is not text in UTF-8; save it as UTF-8") from None
+        raise Refused(f"{name} is not text in UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)") from None
     rows = list(
         csv_rows(name, text, columns, extra_cells) if name.endswith(".csv") else json_rows(name, text, columns)
     )
@@ -51,6 +51,8 @@ def csv_rows(name: str, text: str, columns: Collection[str], extra_cells: bool) 
     try:
         header = [column.strip() for column in reader.fieldnames or []]
         reader.fieldnames = header
+        if len(header) == 1 and (separators := re.findall("[;\t]", header[0])):
+            raise Refused(f"{name}: columns are separated by {separators[0]!r}; save it with commas")
         require_columns(name, header, columns)
         for row in reader:
             if None in row and not extra_cells:
@@ -178,14 +180,17 @@ def findings_list(value: object) -> list[str] | None:
 
 
 def finding_names(value: object) -> list[str] | None:
-    """Return findings given as a list, as a JSON list or as "Edema|Effusion", by name; None where the cell is empty."""
+    """Return findings given as a list, a JSON list or a text, by name; None where the cell is empty.
+
+    In a text they are separated by | or ;, where it has neither by commas.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return None
     if isinstance(value, str) and value.strip():
-        value = re.split("[|;]", value)
+        value = re.split("[|;]" if re.search("[|;]", value) else ",", value)
     if not isinstance(value, list):
         return None
     names = {str(name).strip() for name in value}

@@ -36,7 +36,14 @@ def list_films(mirror: Mirror) -> list[Film]:
     ours = mirror.theirs(file_name="image_column", text="caption_column", patient_id="patient_column")
     asked = [theirs for theirs, name in ours.items() if name in COLUMNS or theirs != name]
     rows = parse_table(table, mirror.read(table), asked)
-    return [film_of({ours.get(column, column): cell for column, cell in row.items()}, table) for row in rows]
+    rows = [{ours.get(column, column): cell for column, cell in row.items()} for row in rows]
+    films = [film_of(row, table) for row in rows]
+    for column in ("age", "sex"):
+        cells = [row.get(column) for row, film in zip(rows, films, strict=True) if getattr(film, column) is None]
+        if lost := [cell for cell in cells if str(cell or "").strip()]:
+            print(f"{table}: {column} is not understood in {len(lost)} of {len(rows)} rows, such as {lost[0]!r}; expected "
+                  f"{'years' if column == 'age' else 'M or F'}. Captions and figures do without", flush=True)  # fmt: skip
+    return films
 
 
 def find_table(mirror: Mirror) -> str:
