@@ -158,9 +158,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("quality control").add_argument
     add("--reference", type=Path, metavar="DATA",
-        help="imagefolder of real films: flag images that are far from all of them, a fold that --lora held out aside")  # fmt: skip
+        help="imagefolder of real films: flag images that are far from all of them (without the fold that --lora held out)")  # fmt: skip
     add("--reject", type=int, default=0, metavar="TIMES",
-        help="draw a flagged image anew, from other noise, so often [0]")  # fmt: skip
+        help="redraw a flagged image from other noise, up to so many times [0]")  # fmt: skip
 
     add = parser.add_argument_group("a page instead").add_argument
     add("--serve", action="store_true", help="open a page in the browser: adapters from out/, beside their base")

@@ -203,7 +203,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--lora_dropout",
         type=float,
         default=0.0,
-        help="share of an adapter's inputs that a step leaves out; a resume keeps the portions of a step [0]",
+        help="share of an adapter's inputs that a step leaves out; resume with the same batch size and processes [0]",
     )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank): sqrt(rank) times as much")
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
