@@ -134,7 +134,7 @@ def settings(tmp_path: Path) -> dict[str, str]:
     """Settings for a repository of stubs and an empty HOME."""
     repository = tmp_path / "repository"
     (repository / "launch").mkdir(parents=True)
-    head = HEAD.format(picture=str(ROOT / "assets" / "pictures" / "quickstart.png"))
+    head = HEAD.format(picture=str(ROOT / "assets" / "cxr-tiny" / "samples.png"))
     for name, text in STUBS.items():
         (repository / name).write_text(head + text)
     (repository / "requirements.txt").touch()
