@@ -117,7 +117,7 @@ from utils.latents import FilmDataset, cache_posteriors, hash_weights, is_cached
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metrics import bootstrap_interval, in_batches, num_scales
-from utils.pages import report_fold, report_folds, write_fold_page, write_folds_page
+from utils.pages import in_short, report_fold, report_folds, write_fold_page, write_folds_page
 from utils.pipeline import assemble, cast_frozen, load_base, put_on_adapter, sample, with_schedule
 from utils.prompts import MAX_SEED
 from utils.realism import compare_halves, compare_sets, distances_by_group, pair_similarity
@@ -434,7 +434,9 @@ def evaluate_fold(args: argparse.Namespace) -> None:
         save_png(output_dir / "findings.png", findings_sheet)
     draw_noise_levels(output_dir / "noise_levels.png", metrics)
     tables, said = report_fold(metrics)
-    write_fold_page(output_dir, metrics, tables, said, run_dir / "curves.png")
+    gain = metrics["rebuilt"][str(HEADLINE)]["ssim"]["gain"]
+    short = in_short(gain, metrics["distribution"], metrics["alignment"], [metrics["memorisation"]["verdict"]])
+    write_fold_page(output_dir, metrics, short, tables, said, run_dir / "curves.png")
     write_json(output_dir / "metrics.json", metrics)  # last: where it lies, the evaluation is whole
     forget(output_dir)
     if args.output_dir is None and (run_dir / "README.md").is_file():
@@ -442,7 +444,7 @@ def evaluate_fold(args: argparse.Namespace) -> None:
     for table, _ in tables.values():
         print_table(*table)
         print()
-    print("\n".join(said))
+    print("\n".join([*said, "", *short]))
     print(f"look at {output_dir / 'report.html'}")
 
 
@@ -866,13 +868,17 @@ def cross_validate(out: Path, output_dir: Path, seed: int, against: Path | None)
         "patients, each scored by a model that never saw the patient"
     )
     tables = report_folds(record, folds[0]["features_note"], HEADLINE)
-    write_folds_page(output_dir, title, record, tables, folds)
+    gain = record["figures"][f"gain/ssim/{HEADLINE}"]
+    gain = {"mean": gain["pooled"], "interval": gain["pooled_interval"]}
+    short = in_short(gain, record["distribution"], record["alignment"], record["verdicts"])
+    write_folds_page(output_dir, title, record, short, tables, folds)
     print(title)
     for table, _ in tables.values():
         print_table(*table)
         print()
     for reason in record["against"]["left_out"] if against is not None else ():
         print(f"not compared: {reason}")
+    print("\n".join(short))
     print(f"look at {output_dir / 'report.html'}")
 
 

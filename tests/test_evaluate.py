@@ -133,6 +133,7 @@ def test_pictures_and_report_are_there(runs: Path) -> None:
     folder = runs / "fold0" / "evaluation"
     report = (folder / "report.html").read_text()
     assert "Memorisation audit: too few films to say." in report
+    assert report.index("better than the base? ") < report.index("<img"), "what was found comes first"
     for name in ("films", "noise_levels", "nearest"):
         assert (folder / f"{name}.png").stat().st_size > 1000
         assert f'<img alt="{name}" src="data:image/png;base64,' in report

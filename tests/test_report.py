@@ -12,6 +12,7 @@ from PIL import Image
 
 from utils import hub
 from utils.card import base_digest, model_card, public_base
+from utils.pages import in_short
 from utils.refusal import Refused
 from utils.report import contact_sheet, draw_curves, html_page, html_table, save_png
 
@@ -27,6 +28,21 @@ CONFIG = {
     "base": "assets/cxr-tiny", "fold": 2, "resolution": 128, "settings": {"rank": 16, "text_encoder_rank": 8},
     "films": {"training": 400, "validation": 40, "held_out": 120},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("interval", "answer"),
+    [([0.01, 0.03], "Yes: "), ([-0.01, 0.03], "Not shown: "), ([-0.03, -0.01], "No, worse: "), (None, "Not shown: ")],
+)
+def test_an_answer_is_as_sure_as_its_interval(interval: list[float] | None, answer: str) -> None:
+    distances = {kind: {"kernel": value, "kernel_error": 0.5} for kind, value in (("generated", 3), ("real", 0.1))}
+    gain = {"mean": 0.02, "interval": interval}
+    said = in_short(gain, {"films": 40} | distances, {}, ["passed", "too few films to say", "passed"])
+    assert f"better than the base? {answer}" in said[0]
+    assert said[1].endswith("Kernel distance 3.00 +- 0.50, other real films' 0.10 +- 0.50.")
+    assert said[2:] == ["Do they repeat training films? The audit says: passed, too few films to say."]
+    (_, too_good, *_) = in_short(gain, {"films": 40, "too_good": ["generated"]} | distances, {}, ["passed"])
+    assert too_good.endswith("Too good to be true: see below.")
 
 
 def test_every_film_of_a_contact_sheet_is_there_as_it_is() -> None:

@@ -100,6 +100,39 @@ TSTR_NOTE = (
 )
 
 
+def in_short(gain: dict, distribution: dict, alignment: dict, verdicts: Sequence[str]) -> list[str]:
+    """Return what an evaluation found, a question and its answer each, beside what bounds it.
+
+    Args:
+        gain: `mean` and `interval` of the SSIM, over the base's, of films rebuilt from half the noise.
+        distribution, alignment: as in `metrics.json` or `summary.json`.
+        verdicts: of the memorisation audit, one a fold.
+    """
+    low, high = gain["interval"] or (0.0, 0.0)
+    answer = "yes" if low > 0 else "no, worse" if high < 0 else "not shown"
+    said = [
+        f"Does it rebuild films of unknown patients better than the base? {answer.capitalize()}: from half the noise SSIM gains "
+        f"{with_interval(gain, 4)}."
+    ]
+    if "films" in distribution:
+        kinds = {"generated": "Kernel distance", "base": "the base's", "real": "other real films'"}
+        distances = [
+            f"{name} {distribution[kind]['kernel']:.2f} +- {distribution[kind]['kernel_error']:.2f}"
+            for kind, name in kinds.items()
+            if kind in distribution
+        ]
+        warning = " Too good to be true: see below." if is_too_good(distribution) else ""
+        said.append(f"How near are generated films, as a set, to real ones? {', '.join(distances)}.{warning}")
+    if alignment.get("mean"):
+        read = {kind: with_interval(alignment["mean"][kind], 2) for kind in ("generated", "real", "shuffled")}
+        said.append(
+            f"Do they show the findings of their captions? AUROC {read['generated']}; the real films {read['real']}, captions "
+            f"shuffled {read['shuffled']}."
+        )
+    said.append(f"Do they repeat training films? The audit says: {', '.join(dict.fromkeys(verdicts))}.")
+    return said
+
+
 def report_fold(metrics: dict) -> tuple[dict[str, tuple[tuple[list[str], list[list[str]]], str]], list[str]]:
     """Return what is worth a table, by title: the table and what it means; and what is said in sentences."""
     tables, space = {}, f"Features: {metrics['features_note']}."
@@ -128,21 +161,31 @@ def report_fold(metrics: dict) -> tuple[dict[str, tuple[tuple[list[str], list[li
 
 
 def is_too_good(distribution: dict) -> bool:
-    """Return whether generated films are nearer to held-out ones than real films can be; `distribution` as in `metrics.json`."""
-    return "generated" in distribution.get("too_good", ()) or distribution["copies"] > 0
-
-
-def write_fold_page(output_dir: Path, metrics: dict, tables: dict, said: Sequence[str], curves: Path) -> None:
-    """Write report.html: the pictures first, then the tables, then how it was measured.
+    """Return whether generated films are nearer to held-out ones than real films can be; of several folds together it is not known.
 
     Args:
+        distribution: as in `metrics.json` or `summary.json`.
+    """
+    return "generated" in distribution.get("too_good", ()) or distribution.get("copies", 0) > 0
+
+
+def write_fold_page(
+    output_dir: Path, metrics: dict, short: Sequence[str], tables: dict, said: Sequence[str], curves: Path
+) -> None:
+    """Write report.html: what was found, the pictures, then the tables, then how it was measured.
+
+    Args:
+        short: as `in_short` returns it.
         tables, said: as `report_fold` returns them.
         curves: the picture that training drew, where it is there.
     """
     pictures = [output_dir / f"{name}.png" for name in ("films", "findings", "noise_levels")]
     if "prompt_followed" not in metrics:
         pictures.remove(output_dir / "findings.png")
-    parts = ["<p>Shows films and captions of the set: if they are of patients, not to be shared.</p>"]
+    parts = [
+        "<p>Shows films and captions of the set: if they are of patients, not to be shared.</p>",
+        _html_list(short),
+    ]
     parts += [html_picture(path) for path in (*pictures, curves) if path != curves or path.is_file()]
     parts += _html_tables(tables)
     parts += ["<h2>Variety and memorisation</h2>", *(f"<p>{html.escape(text)}</p>" for text in said)]
@@ -194,18 +237,26 @@ def report_folds(record: dict, features_note: str, strength: float) -> dict[str,
     return tables
 
 
-def write_folds_page(output_dir: Path, title: str, record: dict, tables: dict, folds: Sequence[dict]) -> None:
+def write_folds_page(
+    output_dir: Path, title: str, record: dict, short: Sequence[str], tables: dict, folds: Sequence[dict]
+) -> None:
     """Write report.html of all folds, without any film of a patient.
 
     Args:
         title: the page's.
         record: content of `summary.json`.
+        short: as `in_short` returns it.
         tables: as `report_folds` returns them.
         folds: content of each fold's `metrics.json`.
     """
     everything = films_over_folds_table(record, list(record["figures"])), folds[0]["free_samples"]["note"]
-    parts = [html_picture(output_dir / "folds.png"), *_html_tables(tables | {"All figures by film": everything})]
+    parts = [_html_list(short), html_picture(output_dir / "folds.png")]
+    parts += _html_tables(tables | {"All figures by film": everything})
     write_bytes(output_dir / "report.html", html_page(title, parts + _html_ends(folds)).encode())
+
+
+def _html_list(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def _html_tables(tables: dict[str, tuple[tuple, str]]) -> list[str]:
