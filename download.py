@@ -189,7 +189,10 @@ def main(args: argparse.Namespace) -> int:
             reasons = ", ".join(
                 f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
             )
-            raise Refused(f"none of {len(films)} films of {mirror.place} can be used: {reasons}; is --mirror right?")
+            first = f", the first at {mirror.place}/{wanted[0].path}" if wanted and not wanted[0].archive else ""
+            raise Refused(
+                f"none of {len(films)} films of {mirror.place} can be used: {reasons}{first}; is --mirror right?"
+            )
         rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
         rows, copies = without_copies(rows)
         rejected += copies
