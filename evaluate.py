@@ -110,7 +110,6 @@ from utils.hardware import (
     explain_out_of_memory,
     is_cuda_used,
     keep_freed_memory,
-    precision_name,
     use_all_cores,
 )
 from utils.latents import FilmDataset, cache_posteriors, hash_weights, is_cached, load_films, mean_film
@@ -123,7 +122,7 @@ from utils.prompts import MAX_SEED
 from utils.realism import compare_halves, compare_sets, distances_by_group, pair_similarity
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, draw_folds, draw_noise_levels, save_png
-from utils.runlog import films_of_run, package_versions, read_config, read_split
+from utils.runlog import films_of_run, package_versions, precision_name, read_config, read_split
 from utils.seeding import derive_seed
 from utils.subgroups import join_groups, subgroups, values_of
 from utils.tokens import tokenize

@@ -49,7 +49,6 @@ from utils.hardware import (
     compile_problem,
     explain_out_of_memory,
     keep_freed_memory,
-    precision_name,
     replay_predictions,
     use_all_cores,
 )
@@ -88,7 +87,7 @@ from utils.provenance import (
 from utils.quality import QualityControl
 from utils.refusal import ArgumentParser, Refused, run
 from utils.report import contact_sheet, save_png
-from utils.runlog import films_of_run, package_versions, read_config, read_split
+from utils.runlog import films_of_run, package_versions, precision_name, read_config, read_split
 from utils.secondary_capture import LABEL, encode_dicom
 from utils.seeding import derive_seed
 from utils.tokens import fit_captions, read_of

@@ -85,7 +85,6 @@ from utils.hardware import (
     keep_freed_memory,
     largest_batch_size,
     leave_out_cudnn_attention,
-    precision_name,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
@@ -127,7 +126,7 @@ from utils.pipeline import (
 from utils.refusal import ArgumentParser, Refused, run
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME, why_not_upload
 from utils.report import contact_sheet, draw_curves, save_png
-from utils.runlog import package_versions, read_config
+from utils.runlog import package_versions, precision_name, read_config
 from utils.seeding import derive_seed
 from utils.tokens import TokenizedCaptions, tokenize
 from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_bounds, score_model, summarise

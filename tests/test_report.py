@@ -36,10 +36,11 @@ CONFIG = {
 )
 def test_an_answer_is_as_sure_as_its_interval(interval: list[float] | None, answer: str) -> None:
     distances = {kind: {"kernel": value, "kernel_error": 0.5} for kind, value in (("generated", 3), ("real", 0.1))}
+    distances |= {"real_sd": {"kernel": 0.25}}  # of other draws, which the table shows, too
     gain = {"mean": 0.02, "interval": interval}
     said = in_short(gain, {"films": 40} | distances, {}, ["passed", "too few films to say", "passed"])
     assert f"better than the base? {answer}" in said[0]
-    assert said[1].endswith("Kernel distance 3.00 +- 0.50, other real films' 0.10 +- 0.50.")
+    assert said[1].endswith("Kernel distance 3.00 +- 0.50, real films in their place 0.10 +- 0.25.")
     assert said[2:] == ["Do they repeat training films? The audit says: passed, too few films to say."]
     (_, too_good, *_) = in_short(gain, {"films": 40, "too_good": ["generated"]} | distances, {}, ["passed"])
     assert too_good.endswith("Too good to be true: see below.")

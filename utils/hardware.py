@@ -45,11 +45,6 @@ def choose_mixed_precision(flag: str | None) -> str:
     return flag or ("bf16" if has_native_bf16() else "no")
 
 
-def precision_name(mixed_precision: str) -> str:
-    """Return what accelerate's word for a precision means: its "no" is fp32."""
-    return "fp32" if mixed_precision == "no" else mixed_precision
-
-
 def is_cuda_used() -> bool:
     """Return whether there is a CUDA device, and accelerate was not told to compute on the CPU nevertheless."""
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")

@@ -115,12 +115,13 @@ def in_short(gain: dict, distribution: dict, alignment: dict, verdicts: Sequence
         f"{with_interval(gain, 4)}."
     ]
     if "films" in distribution:
-        kinds = {"generated": "Kernel distance", "base": "the base's", "real": "other real films'"}
-        distances = [
-            f"{name} {distribution[kind]['kernel']:.2f} +- {distribution[kind]['kernel_error']:.2f}"
-            for kind, name in kinds.items()
-            if kind in distribution
-        ]
+        kinds = {"generated": "Kernel distance", "base": "the base's", "real": "real films in their place"}
+        distances = []
+        for kind, name in kinds.items():
+            if kind in distribution:  # with the spread that the tables have
+                of = distribution[kind]
+                spread = distribution.get(f"{kind}_sd", {"kernel": of["kernel_error"]})["kernel"]
+                distances.append(f"{name} {of['kernel']:.2f}" + ("" if spread is None else f" +- {spread:.2f}"))
         warning = " Too good to be true: see below." if is_too_good(distribution) else ""
         said.append(f"How near are generated films, as a set, to real ones? {', '.join(distances)}.{warning}")
     if alignment.get("mean"):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import write_bytes
+from utils.runlog import precision_name
 
 GAP = 4  # pixels between films
 LINE = 16  # height of a line of text in pixels
@@ -576,7 +577,7 @@ def settings_table(folds: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         ["films", f"{counts[0]} held-out of {counts[1]} patients, {metrics['resolution']} px"],
         ["data", f"SHA-256 {metrics['data_hash']}"],
         ["sampling", ", ".join(f"{name} {value}" for name, value in metrics["sampling"].items())],
-        ["arithmetic", "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]],
+        ["arithmetic", precision_name(metrics["mixed_precision"])],
         ["feature space", metrics["features"]],
         ["seed", str(metrics["seed"])],
         ["training", ", ".join(f"{name} {settings[name]}" for name in chosen if name in settings)],

@@ -24,6 +24,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def precision_name(mixed_precision: str) -> str:
+    """Return what accelerate's word for a precision means: its "no" is fp32."""
+    return "fp32" if mixed_precision == "no" else mixed_precision
+
+
 def which_run(folder: Path) -> str:
     """Return what to name in place of a folder that is no run's: a run in it or around it, where there is one."""
     around = [folder.parent] if (folder.parent / "config.json").is_file() else []
