@@ -668,6 +668,19 @@ def test_what_out_of_memory_advises_does_not_refuse_the_resume(
     assert checkpoint_steps(tmp_path / "run") == [2, 4]
 
 
+def test_films_that_are_enlarged_are_counted(
+    tiny_base: Path, own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = read(own_data / "metadata.jsonl")
+    sides = [{"width": 100, "height": 100}, {"width": 200, "height": 96}]
+    rows = [row | (sides[number] if number < 2 else {}) for number, row in enumerate(rows)]
+    write_jsonl(own_data / "metadata.jsonl", rows)
+    train(tiny_base, own_data, tmp_path / "run", "--max_train_steps", "1", "--resolution", "96")
+    assert "are enlarged" not in capsys.readouterr().out
+    train(tiny_base, own_data, tmp_path / "larger", "--max_train_steps", "1", "--resolution", "112")
+    assert f"2 of {len(rows)} films are smaller than 112 px and are enlarged" in capsys.readouterr().out
+
+
 def test_a_base_whose_weights_have_changed_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     steps = ["--max_train_steps", "2", "--checkpointing_steps", "1"]
