@@ -30,7 +30,7 @@ fold() {
 }
 
 # Every GPU takes each next fold of its own share
-gpus=$($python -c "import torch; from utils.hardware import is_cuda_used; print(is_cuda_used() * torch.cuda.device_count())")
+gpus=$($python -c "import utils.quiet, torch; from utils.hardware import is_cuda_used; print(is_cuda_used() * torch.cuda.device_count())")
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 if [ "$gpus" -gt 1 ]; then
     mkdir -p "$out"
