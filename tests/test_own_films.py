@@ -371,13 +371,14 @@ def test_tables_may_have_other_names_for_their_columns(tmp_path: Path) -> None:
         run_here(tmp_path / "other", mirror, "--image_column", "name")
 
 
-def test_cells_that_are_not_understood_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_columns_and_cells_that_are_not_understood_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     mirror = folder_mirror(tmp_path / "films")
     rows = read_jsonl(mirror / "metadata.jsonl")
-    odd = {"view": "p.a.", "sex": "weiblich", "age": "58Y"}
+    odd = {"view": "p.a.", "sex": "weiblich", "age": "58Y", "label": "Edema"}
     write_table(mirror, [row | (odd if number < 2 else {"view": "Boxer"}) for number, row in enumerate(rows)])
     data = run_here(tmp_path, mirror, "--num_folds", "2")
     said = capsys.readouterr().out
+    assert "metadata.jsonl: not used: label; used where they are there: file_name, text, patient_id, findings" in said
     assert f"sex is not understood in 2 of {len(rows)} rows, such as 'weiblich'; expected M or F" in said
     assert f"age is not understood in 2 of {len(rows)} rows, such as '58Y'; expected years" in said
     assert [(row["view"], row["sex"], row["age"]) for row in read_metadata(data)] == [("PA", None, None)] * 2

@@ -20,6 +20,7 @@ EXAMPLE = "python download.py --source folder --mirror FOLDER_OR_ADDRESS"
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
+KNOWN = (*COLUMNS, "patient_id", "findings", "view", "age", "sex", "sha256", "borders", "geometry")
 
 
 def list_films(mirror: Mirror) -> list[Film]:
@@ -37,6 +38,8 @@ def list_films(mirror: Mirror) -> list[Film]:
     asked = [theirs for theirs, name in ours.items() if name in COLUMNS or theirs != name]
     rows = parse_table(table, mirror.read(table), asked)
     rows = [{ours.get(column, column): cell for column, cell in row.items()} for row in rows]
+    if unused := [column for column in dict.fromkeys(column for row in rows for column in row) if column not in KNOWN]:
+        print(f"{table}: not used: {', '.join(unused)}; used where they are there: {', '.join(KNOWN[:7])}", flush=True)
     films = [film_of(row, table) for row in rows]
     for column in ("age", "sex"):
         cells = [row.get(column) for row, film in zip(rows, films, strict=True) if getattr(film, column) is None]
