@@ -13,6 +13,13 @@ from utils.reports import caption_sentences, describes_the_film, sentences_of, s
         ("Small effusion. Seen by John Smith MD at 3:45 PM on 03/04/2020.", ["Small effusion."]),
         ("Small effusion. Electronically signed by Jane Doe, MD.", ["Small effusion."]),
         ("Small left effusion on 1/2/1950.", ["Small left effusion."]),
+        ("Small left effusion seen on 2020-03-04.", ["Small left effusion seen."]),
+        ("Small effusion. Verified by Jane Doe.", ["Small effusion."]),
+        ("Small effusion. Findings were conveyed to Ms. Johnson at 4pm.", ["Small effusion."]),
+        ("Small effusion. Name: John Smith. SSN 123-45-6789.", ["Small effusion."]),
+        ("Small effusion. NHS number 943 476 5919. Accession 12345678.", ["Small effusion."]),
+        ("Small effusion. Films of March 3, 2020.", ["Small effusion."]),
+        ("Mrs. Miller has a small effusion. Heart is normal.", []),
     ],
 )
 def test_neither_a_lost_finding_nor_a_name_is_left(findings, kept):
@@ -27,7 +34,11 @@ def test_a_report_is_known_by_its_headings_and_a_caption_is_left_alone():
     assert text_of({"report": "Chest.\n\nSmall effusion.\n"}, "report", "A film.") == "A film. Small effusion."
     assert text_of({"report": "Chest.\n\nJane Doe, M.D."}, "report", "A film.") == ""
     assert text_of({"findings": "Mass.", "impression": None}, "findings", "A film.") == "A film. Mass."
-    for caption in ("PA view: stable since 2019, as the user wrote it.", "NOTE: portable film"):
+    for caption in (
+        "PA view: stable since 2019, as the user wrote it.",
+        "NOTE: portable film",
+        "PA chest X-ray of a 58-year-old man. Findings: effusion.",
+    ):
         assert text_of({"text": caption}, "text", "A film.") == caption
 
 
@@ -175,6 +186,43 @@ def test_who_reported_is_not_in_the_caption(report: str, caption: str) -> None:
     assert text_of({"report": report}, "report", "A film.") == f"A film. {caption}"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Interval removal of left chest tube with new moderate left pneumothorax.",
+        "Right pneumothorax has not resolved.",
+        "Resolving right lower lobe pneumonia.",
+        "The heart failure has worsened since the prior study.",
+        "No substantial interval increase in the right effusion.",
+        "No acute worsening of the right effusion.",
+        "No acute progression of disease.",
+    ],
+)
+def test_nor_where_only_part_of_it_is_gone_or_no_worse(said: str) -> None:
+    assert caption_sentences("Heart size is normal. No acute osseous abnormality.", said) == []
+
+
+def test_what_is_gone_is_no_finding() -> None:
+    assert caption_sentences("Heart is normal.", "Pneumonia has resolved. Interval removal of chest tube.") == [
+        "Heart is normal."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("The lungs are clear and unchanged from prior except for a new right upper lobe mass.",
+         "The lungs are clear except for a right upper lobe mass."),
+        ("The heart is normal and unchanged since the prior study although there is a large right pneumothorax.",
+         "The heart is normal although there is a large right pneumothorax."),
+        ("The right effusion is unchanged and there is no pneumothorax.",
+         "The right effusion and there is no pneumothorax."),
+    ],
+)  # fmt: skip
+def test_a_comparison_takes_nothing_else_along(said: str, kept: str) -> None:
+    assert sentences_of(said) == [kept]
+
+
 def test_a_film_is_not_called_normal_because_its_finding_was_left_out() -> None:
     finding = "Effusion has increased since the prior study."
     assert caption_sentences(finding, "No pneumothorax.") == []
@@ -213,7 +261,9 @@ def test_what_is_not_new_may_be_there(said: str) -> None:
 
 
 def test_what_is_new_after_a_denial_is_there() -> None:
-    assert caption_sentences("No pneumothorax, new right effusion.", "")[0] == "Right effusion."
+    for change in ("new", "persistent", "worsening", "interval increase in"):
+        said = caption_sentences(f"No pneumothorax, {change} right effusion.", "")
+        assert said == ["Right effusion.", "No pneumothorax."]
     assert caption_sentences("No pneumothorax but new right effusion.", "") == ["No pneumothorax but right effusion."]
     assert caption_sentences("The heart is not enlarged, with new scarring.", "") == [
         "The heart is not enlarged, with scarring."
@@ -246,6 +296,11 @@ def test_a_comparison_before_a_colon_leaves_what_follows_it() -> None:
          "No pneumothorax. Lungs: Consolidation. Lines and tubes: None."),
         ("INTERPRETATION: Large left pneumothorax.\nLINES: None.", "Large left pneumothorax. Lines: None."),
         ("Right lower lobe pneumonia.\n\nNo pneumothorax.", ""),  # the history, or the film's
+        ("REASON FOR CHEST X-RAY: large pneumothorax\n\nFINDINGS: Lungs are clear.", "Lungs are clear."),
+        ("CLINICAL IMPRESSION: Rule out pneumonia.\nFINDINGS: Lungs are clear.", "Lungs are clear."),
+        ("IMPRESSION: No pneumothorax.\nADDENDUM: There is a small left apical pneumothorax.", ""),
+        ("IMPRESSION: Small effusion.\nADDENDUM: Discussed with Dr. Known.", "Small effusion."),
+        ("FINDINGS: Effusion.\n\nJane Doe MBBS FRCR\n2020-03-04 12:33", "Effusion."),
         ("Cough.\n\nNo pneumothorax.\n\nSmall effusion.", "Small effusion. No pneumothorax."),
     ],
 )  # fmt: skip

@@ -29,17 +29,26 @@ AS_BEFORE = (
     r"(?:stable|unchanged|similar|(?:not (?:significantly )?|un)changed|without (?:significant |interval )?change)"
 )
 STATE = r"(?:is|are|has|have|appears?|remains?)"
-# What follows "from" up to the next thought: "from prior exam", not "from prior, with new effusion"
-REFERENCE = r"(?: (?:from|since|to|compared (?:to|with)|when compared (?:to|with)|in comparison)\b(?:(?! (?:with|without|but|which|and)\b)[^.,;])*)"
-END = r"(?=[.,;]|$| (?:with|without|but|which)\b)"
+CLAUSE = "(?:there|the|no|it|this|an?)"  # begins another one
+# What follows "from" up to the next thought: "from prior exam", not "from prior, with new effusion" or "... except for a mass"
+THOUGHT = (
+    "with|without|but|which|except|excluding|other than|apart|aside|although|though|however|while|whereas|when|now"
+)
+REFERENCE = (
+    r"(?: (?:from|since|to|compared (?:to|with)|when compared (?:to|with)|in comparison)\b"
+    rf"(?:(?! (?:{THOUGHT}|and)\b)[^.,;])*)"
+)
+END = rf"(?=[.,;]|$| (?:{THOUGHT})\b)"
 COMPARISONS = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (rf",?\s*\bin {AS_BEFORE} (?:position|appearance)\b", ""),
-        (rf"(?<!no )\b{AS_BEFORE} and\s+", ""),
+        # "is unchanged and there is no effusion" before "stable and enlarged"
+        (rf"(?<!no)\s*\b(?:{STATE} )?{AS_BEFORE}(?= and {CLAUSE}\b)", ""),
+        (rf"(?<!no )\b{AS_BEFORE} and\s+(?!{CLAUSE}\b)", ""),
         # At the end of a thought: ", unchanged from prior", "is stable in appearance"
         (
-            rf"(?<!no),?\s*\b(?:{STATE} )?(?:(?:grossly|relatively|essentially|overall) )?{AS_BEFORE}"
+            rf"(?<!no)(?:,| and)?\s*\b(?:{STATE} )?(?:(?:grossly|relatively|essentially|overall) )?{AS_BEFORE}"
             rf"(?: in (?:appearance|size|position))?{REFERENCE}?{END}",
             "",
         ),
@@ -72,7 +81,8 @@ CERTAINTY = (
     r"|gross|further|radiographic) )*"
 )
 DENIED_CHANGE = re.compile(
-    rf"\b(?:no|not|without|nor) {CERTAINTY}(?:"
+    r"\b(?:no|not|without|nor) (?:[\w-]+ ){0,4}?(?:worsening|progression|interval (?:increase|decrease))(?: in size)? (?:of|in)\b"
+    rf"|\b(?:no|not|without|nor) {CERTAINTY}(?:"
     r"(?:worsening|progression|improvement|change|interval (?:increase|decrease))(?: in size)? (?:of|in)\b"
     r"(?! (?:appearance|size|position)\b)|(?:increase|decrease) in size\b"
     r"|(?:worsening|progress\w*|increasing|decreasing|improv\w*|stable|unchanged)\b)"
@@ -81,7 +91,9 @@ DENIED_CHANGE = re.compile(
 )
 # "No pneumothorax, unchanged effusion": what is denied ends at the comma, unless it goes on with an "or"
 DENIED_UP_TO = re.compile(
-    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged|new)\s(?!and\b)(?![^.;]*\b(?:or|nor)\b))", re.IGNORECASE
+    r"(\b(?:no|without)\b[^.,;]*),\s+(?=(?:stable|unchanged|new|persistent|(?:interval )?(?:worsening|increas(?:ed?|ing)"
+    r"|decreas(?:ed?|ing)|improv(?:ed|ing)))\s(?!and\b)(?![^.;]*\b(?:or|nor)\b))",
+    re.IGNORECASE,
 )
 # What a film cannot show: what has changed since another one, and what is no longer there
 EARLIER = words(
@@ -102,6 +114,9 @@ ELSEWHERE = words(
     # ... and who it was, and when
     "signed", "transcribed", "(?:read|seen|interpreted|reported) by", "attending", "resident", "mrn", "dob", "date of birth",
     "patient (?:name|id)", r"m\.?d(?:\.|\b)", r"\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}", r"\d{1,2}:\d\d",
+    "mrs?", "ms", "(?:verified|approved|authenticated) by", "paged", "relayed", "conveyed", "informed", "accession", "name",
+    "nhs", "ssn", r"\d{4}-\d\d-\d\d", r"\d{3}[- ]\d{2,4}[- ]\d{4}", r"\S+@\S+",
+    r"(?:january|february|march|april|may|june|july|august|september|october|november|december) \d+",
 )  # fmt: skip
 # Films of other parts, of which some reports tell as well: "Left knee." begins what is not about the chest
 PART = r"(?:(?:the|left|right|both|bilateral) )*(?:knees?|hips?|pelvis|femurs?|lumbosacral spine|ankles?|feet|foot|elbows?|wrists?)"
@@ -130,6 +145,8 @@ ORGANS = re.compile(
     r"|tubes?|catheters?|hardware)(?:\s*(?:,|/|&|\band\b)\s*|\s*$))+",
     re.IGNORECASE,
 )
+# What was asked, or is known from before: "REASON FOR CHEST X-RAY", "CLINICAL IMPRESSION"
+ASKED = words("reason", "history", "indications?", r"clinical\w*", "previous", "prior")
 # Of what came before the film: after these a first paragraph tells nothing of it
 BEFORE_THE_FILM = words(
     "reason", "history", "indications?", r"clinical\w*", "comparison", "technique", "procedure", r"exam\w*"
@@ -138,6 +155,7 @@ BEFORE_THE_FILM = words(
 OFFICE = words("radiologist", "consultant", "registrar", "gmc", "dr", "prof(?:essor)?")
 NAME = re.compile(r"[A-Z][\w'.-]{0,29}(?:,? [A-Z][\w'.-]{0,29}){1,3}")
 DATE = re.compile(r"[\d/.: -]{4,24}")
+ADDENDUM = words("addendum")
 SIGNATURE_WORDS = 10  # at most
 LEAST_WORDS = 3  # before such a remark, for the rest to be a statement
 # What a remark or a token leaves at the end of a sentence
@@ -171,9 +189,16 @@ FINDING = words(
     r"\w*adenopath\w*", r"metasta\w*", r"pneumo(?:mediastin|periton|pericard)\w*", r"tumou?rs?", r"neoplas\w*", r"malignan\w*",
     r"tubercul\w*", r"bullae?", "bullous", r"blebs?", r"widen\w*", r"plaques?", "ground[- ]glass", r"haz(?:y|e|iness)",
     "air[- ]?space (?:process|filling)", r"reticul\w*", r"ha?emorrhag\w*", r"abscess\w*", "empyema", r"cyst(?:s|ic)?", "shift",
-    r"deviat\w*", r"abnormalit\w*",
+    r"deviat\w*", r"abnormalit\w*", "failure", "chf", "(?:volume|fluid) overload", r"engorge\w*", r"redistribut\w*", r"aspirat\w*",
+    "ards", "air[- ]?trapping", "free air", r"lucen\w*", "densit(?:y|ies)", "fullness", "kerley", "swan[- ]ganz", "drains?",
+    "wires?", "copd", r"lymphoma\w*", r"hypo(?:inflat|aerat|ventilat)\w*",
 )  # fmt: skip
-GONE = words(r"resol(?:v\w*|ution)", "clear(?:ed|ing)", "remov(?:ed|al)", "no longer")
+GONE = words("resolved", "resolution", "clear(?:ed|ing)", "remov(?:ed|al)", "no longer")
+# ... but not all of it, or something else is there: "removal of the tube with new pneumothorax"
+STILL = words(
+    "not", r"partial\w*", r"near\w*", "almost", r"incomplete\w*", r"fail\w*", "residual", r"persist\w*", r"remain\w*", "new",
+    "now", "but", "however", "with", "and", "although", r"increas\w*", "larger?",
+)  # fmt: skip
 
 SEXES = {
     "M": words("male", "man", "gentleman", "boy", r"y/?[or]\.? m"),
@@ -196,7 +221,8 @@ def caption_sentences(findings: str, impression: str) -> list[str]:
         if describes_the_film(sentence):
             unique.setdefault(sentence.casefold(), sentence)
         else:
-            lost |= states_a_finding(sentence) and not GONE.search(sentence)
+            is_gone = GONE.search(sentence) and not STILL.search(sentence)
+            lost |= states_a_finding(sentence) and not is_gone
     kept = list(unique.values())
     return (
         [] if lost and all(NORMAL.search(sentence) and not states_a_finding(sentence) for sentence in kept) else kept
@@ -215,13 +241,15 @@ def text_of(cells: Mapping, column: str, first: str) -> str:
     Args:
         cells: of the row, by column.
         column: has the text. `findings` and `impression` are sections of a report, and are taken together; `report`, and
-            whatever has the headings of one, is a whole report.
+            what begins with a heading of one, or has several lines and such a heading, is a whole report.
         first: sentence that a report's caption begins with, such as the view.
     """
     text = str(cells.get(column) or "")
     if column in ("findings", "impression"):
         sections = {name: str(cells.get(name) or "") for name in ("findings", "impression")}
-    elif column == "report" or any(map(kind_of, HEADING.findall(text))):
+    elif column == "report" or (
+        (HEADING.match(text.strip()) or "\n" in text.strip()) and any(map(kind_of, HEADING.findall(text)))
+    ):  # a caption of ours may say "Findings:", too
         sections = sections_of(text)
     else:
         return " ".join(text.split())
@@ -232,12 +260,15 @@ def sections_of(report: str) -> dict[str, str]:
     """Return `findings` and `impression` of a whole report; of one without these headings, the paragraphs that tell of any.
 
     Lines at the end that say who reported are left out, and so is a first paragraph before others: the history. If that
-    has no heading and names a finding where the others deny all, it may be the film's, and nothing is returned.
+    has no heading and names a finding where the others deny all, it may be the film's, and nothing is returned; nor is
+    anything where an addendum names a finding, which may correct what stands above it.
     """
     start, *parts = HEADING.split(unsigned(report))
     sections, last = {"findings": "", "impression": ""}, ("", start)
     for heading, body in zip(parts[::2], parts[1::2], strict=True):
         kind, last = kind_of(heading), (heading, body)
+        if ADDENDUM.search(heading) and any(map(states_a_finding, sentences_of(body))):
+            return {"findings": "", "impression": ""}
         if kind is not None:
             named = f"{heading.strip().capitalize()}: {body.strip()}" if ORGANS.fullmatch(heading.strip()) else body
             sections[kind] = f"{sections[kind]} {named}".strip()
@@ -275,11 +306,14 @@ def is_signature(line: str, before: str) -> bool:
     if OFFICE.search(line) and len(line.split()) <= SIGNATURE_WORDS:
         return True
     is_name = NAME.fullmatch(line) and not line.isupper()
-    return bool(is_name or DATE.fullmatch(line)) and before[-1:] in ("", ".", ":", "!", "?")
+    ends = before[-1:] in ("", ".", ":", "!", "?") or (NAME.fullmatch(before) and not is_name)
+    return bool(is_name or DATE.fullmatch(line)) and bool(ends)
 
 
 def kind_of(heading: str) -> str | None:
     """Return which section a heading opens: "findings", "impression", or None for one that is of no use."""
+    if ASKED.search(heading):
+        return None
     if IMPRESSION.search(heading):
         return "impression"
     return "findings" if FINDINGS.match(heading) or ORGANS.fullmatch(heading.strip()) else None
