@@ -35,8 +35,17 @@ from PIL import Image
 
 from utils.check import check_dataset
 from utils.fetch import check_mirror, is_address, open_client
-from utils.files import append_jsonl, canonical_json, read_jsonl, sha256_file, write_bytes, write_json, write_jsonl
-from utils.films import PREPROCESSING, UNKNOWN_VIEW, Film, difference_hash, thumbnail
+from utils.files import (
+    append_jsonl,
+    canonical_json,
+    nearest_existing,
+    read_jsonl,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_jsonl,
+)
+from utils.films import FRONTAL_VIEWS, PREPROCESSING, UNKNOWN_VIEW, Film, difference_hash, thumbnail
 from utils.folds import find_duplicates, merge_groups, with_folds
 from utils.journal import claim_folder, journal_path, lock_journal, read_record, remove_others
 from utils.metadata import dataset_hash, load_rows
@@ -61,6 +70,10 @@ from utils.sources import (
 )
 from utils.transfer import make_films
 
+# A source is a module with NAME, COUNT, SIZE, TEXT, LICENSE (of the table of --list_sources), RESTRICTED (whether its terms
+# need --accept_license), TERMS, EXAMPLE and list_films(mirror). It may have MIRROR or ADDRESSES (where its files are), MD5S
+# of them, RESOLUTION (of the squares), open_archives (films within archives), and IDENTIFYING: names and patients are then
+# replaced by pseudonyms
 SOURCES = {
     source.NAME: source
     for source in (
@@ -69,7 +82,6 @@ SOURCES = {
 }  # fmt: skip
 BUNDLED_BASE = "assets/cxr-tiny"
 RESOLUTION = 512  # pixels: that of Stable Diffusion 1.5
-FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 
@@ -156,7 +168,7 @@ def main(args: argparse.Namespace) -> int:
         others, others_rejected = (
             held_rows(args.output_dir / table, earlier) for table in ("metadata.jsonl", "rejected.jsonl")
         )
-        check_films(wanted, others, settings["num_folds"])
+        check_films(wanted, rejected, others, settings["num_folds"])
         check_others(others, args.output_dir)
 
         # What there is already: films that an earlier run has finished in the same way
@@ -186,12 +198,9 @@ def main(args: argparse.Namespace) -> int:
         rejected = [*others_rejected, *({"source": name, **row} for row in rejected)]
         kept = [film for film in wanted if film.file_name in results]
         if not kept:
-            reasons = ", ".join(
-                f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common()
-            )
             first = f", the first at {mirror.place}/{wanted[0].path}" if wanted and not wanted[0].archive else ""
             raise Refused(
-                f"none of {len(films)} films of {mirror.place} can be used: {reasons}{first}; is --mirror right?"
+                f"none of {len(films)} films of {mirror.place} can be used: {reasons_of(rejected)}{first}; is --mirror right?"
             )
         rows = [*others, *(row_of(film, results[film.file_name], name, source.LICENSE) for film in kept)]
         rows, copies = without_copies(rows)
@@ -360,7 +369,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise Refused(f"--seed {args.seed}; expected less than 2^32")
     for name in ("output_dir", "cache_dir"):
         directory = getattr(args, name)
-        there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        there = nearest_existing(directory)
         if not there.is_dir():
             raise Refused(f"--{name} {directory}: {there} is a file; expected a folder")
     output_dir = args.output_dir.resolve()
@@ -395,10 +404,17 @@ def select_films(films: list[Film], view: str, most_each: int | None) -> tuple[l
     return wanted, rejected
 
 
-def check_films(films: list[Film], others: list[dict], num_folds: int) -> None:
+def reasons_of(rejected: list[dict]) -> str:
+    """Return why films were left out, the commonest reason first."""
+    return ", ".join(f"{reason} ({n})" for reason, n in Counter(row["reason"] for row in rejected).most_common())
+
+
+def check_films(films: list[Film], rejected: list[dict], others: list[dict], num_folds: int) -> None:
     """Refuse films that collide in the data folder, with each other or with rows of it, or cannot be dealt out to folds."""
     if not films:
-        raise Refused("the table has no frontal film with a caption; add --view all to use the others")
+        by_view = any(row["reason"].startswith(("not frontal", "view not known")) for row in rejected)
+        advice = "; add --view all to take films of any view" if by_view else ""
+        raise Refused(f"the table has no film that can be used: {reasons_of(rejected)}{advice}")
     seen = {row["file_name"].casefold(): row["source_id"] for row in others}
     for film in films:
         key = film.file_name.casefold()  # some disks do not tell A from a

@@ -152,6 +152,14 @@ def test_a_voi_lut_begins_at_its_first_value(tmp_path: Path) -> None:
     assert np.abs(film - expected).max() <= 0.51
 
 
+def test_a_voi_lut_may_begin_below_zero() -> None:
+    """Implicit VR does not tell that its first value has a sign."""
+    dataset = Dataset()
+    dataset.VOILUTSequence = voi_lut(np.arange(4096, dtype=np.uint16), 65536 - 1024, 12)
+    levels, _ = apply_voi(chest(12) - 1024.0, dataset)
+    np.testing.assert_array_equal(levels, chest(12))
+
+
 @pytest.mark.parametrize("polarity", ["MONOCHROME1", "MONOCHROME2"])
 def test_padding_is_black(tmp_path: Path, polarity: str) -> None:
     pixels = chest(12)
@@ -237,12 +245,26 @@ def broken(path: Path, change) -> Path:
         ({"Rows": 30000, "Columns": 30000}, "too large"),
         ({"Rows": 0}, "no film in it"),
         ({"Rows": 8, "Columns": 8}, "smaller than 64 px"),
-        ({"BitsStored": 77}, "cannot be decoded"),
+        ({"BitsStored": 77, "HighBit": 76}, "cannot be decoded"),
+        ({"HighBit": 15}, "values not in the lowest bits"),
     ],
 )
 def test_files_without_a_usable_film_are_rejected_with_a_reason(tmp_path: Path, elements: dict, reason: str) -> None:
     with pytest.raises(UnusableFilm, match=reason):
         decode_film(save(tmp_path, chest(12), 12, **elements))
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"VOILUTFunction": "", "WindowCenter": 2047, "WindowWidth": 4096},
+        {"RescaleSlope": None, "RescaleIntercept": None},
+    ],
+)
+def test_an_element_without_a_value_is_not_known(tmp_path: Path, elements: dict) -> None:
+    known = {name: value for name, value in elements.items() if value}
+    expected = decode_film(save(tmp_path, chest(12), 12, **known))
+    np.testing.assert_array_equal(decode_film(save(tmp_path, chest(12), 12, **elements)), expected)
 
 
 def test_bytes_beyond_the_film_are_no_second_film(tmp_path: Path) -> None:

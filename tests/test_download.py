@@ -5,10 +5,12 @@ import filecmp
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -343,6 +345,10 @@ def test_check_finds_every_kind_of_damage(tmp_path):
     (data / rows[0]["file_name"]).unlink()
     Image.open(data / rows[1]["file_name"]).convert("RGB").save(data / rows[1]["file_name"])
     (data / rows[2]["file_name"]).write_bytes(b"damaged")
+    bomb = bytearray((data / rows[11]["file_name"]).read_bytes())
+    bomb[16:24] = struct.pack(">2I", 20_000, 20_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (data / rows[11]["file_name"]).write_bytes(bomb)
     other = next(row for row in rows[4:] if row["fold"] != rows[3]["fold"])
     (data / rows[3]["file_name"]).write_bytes((data / other["file_name"]).read_bytes())
     film(50).save(data / "images" / "stray.png")
@@ -353,6 +359,7 @@ def test_check_finds_every_kind_of_damage(tmp_path):
         f"{rows[1]['file_name']} is not the file whose SHA-256",
         f"{rows[1]['file_name']}: mode is RGB",
         f"{rows[2]['file_name']}: cannot be decoded",
+        f"{rows[11]['file_name']}: too large",
         "are one film",
         "images/stray.png is not in the table",
         "12 kept and 1 rejected are not the 12 seen",

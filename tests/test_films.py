@@ -1,6 +1,7 @@
 """Decoding and geometry: every mode a film comes in, right way up, and everything that is no film refused."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -293,6 +294,24 @@ def test_a_bomb_is_refused_by_its_header_alone(tmp_path):
     (tmp_path / "bomb.png").write_bytes(header + zlib.crc32(header[12:29]).to_bytes(4, "big") + bomb[33:])
     with pytest.raises(UnusableFilm, match="too large"):
         decode_film(tmp_path / "bomb.png")
+
+
+def test_a_film_in_sixteen_bits_a_colour_is_refused(tmp_path):
+    """Pillow keeps the upper eight, which of a film of 12 bits are sixteen grey levels."""
+    grey = film_pixels()
+    lines = np.repeat(grey[:, :, None].astype(">u2") * 16, 3, axis=2)  # [H, W, 3]
+    packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    parts = [
+        (b"IHDR", struct.pack(">2I5B", grey.shape[1], grey.shape[0], 16, 2, 0, 0, 0)),
+        (b"IDAT", packed),
+        (b"IEND", b""),
+    ]
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    (tmp_path / "film.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(UnusableFilm, match="16 bits a channel"):
+        decode_film(tmp_path / "film.png")
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (80, 80), 90), Image.new("I;16", (80, 80), 9000)])

@@ -69,6 +69,8 @@ def test_columns_can_have_other_names(tmp_path):
     assert read_metadata(tmp_path, image_column="path", caption_column="report")[0]["file_name"] == "a.png"
     with pytest.raises(Refused, match="lacks text; it has file_name, report, path"):
         read_metadata(tmp_path)
+    imagefolder(tmp_path, [{"file_name": "a.png", "report": "As asked.", "text": "Not as asked."}])
+    assert read_metadata(tmp_path, caption_column="report")[0]["text"] == "As asked."
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,7 @@ def test_folders_without_one_table_are_refused(tmp_path):
         ("t.csv", b"file_name,label\na.png,x\n", "t.csv lacks text; it has file_name, label"),
         ("t.csv", b"file_name;text\na.png;x\n", "t.csv: columns are separated by ';'; save it with commas"),
         ("t.csv", b"file_name,text\n", "no rows"),
+        ("t.csv", b"file_name,text,text\na.png,x,y\n", "t.csv has the column text twice"),
         ("t.csv", b"file_name,text\na.png,Edema, mass\n", "line 2: more cells"),
         ("t.csv", b"file_name,text\na.png\n", "line 2: fewer cells"),
         ("t.csv", b'file_name,text\na.png,"Edema\n', "t.csv, line"),

@@ -89,6 +89,12 @@ def test_a_table_is_joined_by_what_it_has(key: str, tmp_path: Path) -> None:
     assert films[1].patient_id == "id-0" and films[1].view == "PA" and "31-year-old woman" in films[1].text
 
 
+def test_a_column_findings_may_hold_labels(tmp_path: Path) -> None:
+    films = dicom.list_films(Mirror(str(dicom_folder(tmp_path, table="file_name,findings"))))
+    assert [film.findings for film in films] == [[], ["Edema", "Effusion"]] * 6
+    assert films[1].text.endswith("edema and effusion.")
+
+
 def headers(tmp_path: Path, **elements) -> object:
     save(tmp_path, np.asarray(film(0)).astype(np.uint16), 12, "a.dcm", **elements)
     (tmp_path / "t.csv").write_text("file_name,text\na.dcm,A film.\n")
@@ -335,6 +341,15 @@ def test_a_set_names_no_file_that_is_not_its_own(tmp_path: Path) -> None:
     assert not hf.belongs(str(tmp_path / "set"), str(tmp_path / "set" / ".." / "x.png"))
 
 
+def test_findings_of_a_set_of_the_hub_may_be_labels(tmp_path: Path) -> None:
+    mirror = hub_set(tmp_path / "set", findings="Edema|Effusion", sex="missing")
+    rows = read_metadata(run_here(tmp_path, mirror, "--accept_license", "--patient_column", "uid", source="hf"))
+    assert (rows[3]["findings"], rows[3]["sex"]) == (["Edema", "Effusion"], None)
+    flags = ("--accept_license", "--patient_column", "uid", "--caption_column", "findings")
+    rows = read_metadata(run_here(tmp_path / "labels", mirror, *flags, source="hf"))
+    assert {row["text"] for row in rows} >= {"Chest radiograph. Edema and effusion."}
+
+
 def test_classes_and_lists_of_a_set_of_the_hub_are_words(tmp_path: Path) -> None:
     import datasets
 
@@ -364,11 +379,28 @@ def test_tables_may_have_other_names_for_their_columns(tmp_path: Path) -> None:
     reference = run_here(tmp_path / "reference", mirror)
     names = {"file_name": "image", "text": "report", "patient_id": "mrn"}
     rows = read_jsonl(mirror / "metadata.jsonl")
-    write_table(mirror, [{names[name]: value for name, value in row.items()} for row in rows])
+    theirs = [{names[name]: value for name, value in row.items()} for row in rows]
+    write_table(mirror, theirs)
     flags = ("--image_column", "image", "--caption_column", "report", "--patient_column", "mrn")
     assert_same_folder(reference, run_here(tmp_path, mirror, *flags))
-    with pytest.raises(Refused, match="lacks name, text; it has image, report, mrn"):
+    ours = {"file_name": "no.png", "text": "Not asked for.", "patient_id": "one"}
+    write_table(mirror, [ours | row for row in theirs])
+    assert_same_folder(reference, run_here(tmp_path / "before", mirror, *flags))
+    write_table(mirror, [row | ours for row in theirs])
+    assert_same_folder(reference, run_here(tmp_path / "after", mirror, *flags))
+    with pytest.raises(Refused, match="lacks name; it has image, report, mrn"):
         run_here(tmp_path / "other", mirror, "--image_column", "name")
+
+
+def test_names_may_be_uids(tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    for number in range(6):
+        film(number).save(tmp_path / "films" / f"1.2.840.{number}", format="PNG")
+    write_table(
+        tmp_path / "films", [{"file_name": f"1.2.840.{n}", "text": "A film.", "patient_id": n} for n in range(6)]
+    )
+    names = [row["file_name"] for row in read_metadata(run_here(tmp_path, tmp_path / "films"))]
+    assert names == [f"images/1.2.840.{number}.png" for number in range(6)]
 
 
 def test_columns_and_cells_that_are_not_understood_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -383,6 +415,9 @@ def test_columns_and_cells_that_are_not_understood_are_named(tmp_path: Path, cap
     assert f"age is not understood in 2 of {len(rows)} rows, such as '58Y'; expected years" in said
     assert [(row["view"], row["sex"], row["age"]) for row in read_metadata(data)] == [("PA", None, None)] * 2
     assert {row["reason"] for row in read_jsonl(data / "rejected.jsonl")} == {"not frontal but BOXER"}
+    write_table(mirror, [row | {"view": "Boxer"} for row in rows])
+    with pytest.raises(Refused, match=r"no film that can be used: not frontal but BOXER \(\d+\); add --view all"):
+        run_here(tmp_path / "boxers", mirror)
 
 
 def test_at_most_so_many_films_of_a_patient_are_taken(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ ISOLATED_S = 60.0  # longest that a film may take there
 
 MAX_INFLATED_BYTES = 1 << 28
 MAGIC_AT, MAGIC = 128, b"DICM"
+# Elements that may stand there without a value: it is not known
+MAY_BE_EMPTY = ("VOILUTFunction", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence")
 BEYOND = np.array([-1e12, 1e12])  # every window: what it makes of them are the levels of black and white
 
 
@@ -108,6 +110,11 @@ def decode_dicom(path: Path, max_pixels: int) -> tuple[np.ndarray, tuple[float, 
         raise UnreadableDicom("several frames")
     if height * width > max_pixels:
         raise UnreadableDicom("too large")
+    if dataset.get("HighBit") not in (None, dataset.BitsStored - 1):
+        raise UnreadableDicom("values not in the lowest bits")  # which pydicom takes to be there
+    for name in MAY_BE_EMPTY:
+        if name in dataset and dataset[name].is_empty:
+            del dataset[name]  # pydicom would stop there
     stored = decompress(path, dataset)  # [H, W], or [H, W, 3] of a colour picture
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         colours = apply_color_lut(stored, dataset)
@@ -178,6 +185,8 @@ def apply_voi(levels: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray,
     if tables and tables[0].get("LUTData") is not None:
         # Not pydicom's own: it counts the places of an 8-bit table in 8 bits, so that more than 256 of them wrap round
         count, first, _ = tables[0].LUTDescriptor
+        if first > 32767 and levels.min() < 0:
+            first -= 1 << 16  # read without a sign, which implicit VR does not tell
         data = tables[0].LUTData
         if isinstance(data, bytes):
             data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] is not False else ">u2")

@@ -39,6 +39,7 @@ LEAST_LETTERS = 3  # a marker has one, and at times the initials of who took the
 LETTER_SIDE_PX = 1024
 THUMBNAIL_PX = 128
 UNKNOWN_VIEW = "UNKNOWN"  # of a film that may be lateral; None is that of a table which says nothing of views
+FRONTAL_VIEWS = ("PA", "AP", "FRONTAL")
 VIEWS = {
     **dict.fromkeys(("PA", "POSTEROANTERIOR", "POSTERO-ANTERIOR"), "PA"),
     **dict.fromkeys(("AP", "ANTEROPOSTERIOR", "ANTERO-POSTERIOR", "AP SUPINE", "AP ERECT", "AP_HORIZONTAL"), "AP"),
@@ -163,6 +164,7 @@ def show_dicom(path: Path) -> np.ndarray:
 
 def load_image(path: Path) -> Image.Image:
     """Open and decode an image file whole and turn it upright; refuse what is no image, broken, too large or small."""
+    depth = 8  # bits a channel of a PNG
     try:
         with open(path, "rb") as file:  # given the path, Pillow 13 maps a TIFF that lies on its side with wrong lines
             image = Image.open(file, formats=FORMATS)
@@ -170,6 +172,8 @@ def load_image(path: Path) -> Image.Image:
             if width * height <= MAX_PIXELS:
                 if image.format == "PNG":  # decoding skips the checksums, and one swap of bytes in eighty gets through
                     image.verify()
+                    file.seek(24)
+                    depth = file.read(1)[0]
                     image = Image.open(file, formats=FORMATS)  # what was verified cannot be decoded
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
@@ -183,6 +187,10 @@ def load_image(path: Path) -> Image.Image:
         raise UnusableFilm("too large")
     if min(width, height) < MIN_SIDE_PX:
         raise UnusableFilm(f"smaller than {MIN_SIDE_PX} px")
+    if depth == 16 and not image.mode.startswith(
+        "I"
+    ):  # Pillow keeps the upper 8: of a film of 12 bits next to nothing
+        raise UnusableFilm("16 bits a channel, but not grey")
     return image
 
 

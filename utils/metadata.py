@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -53,6 +54,8 @@ def csv_rows(name: str, text: str, columns: Collection[str], extra_cells: bool) 
         reader.fieldnames = header
         if len(header) == 1 and (separators := re.findall("[;\t]", header[0])):
             raise Refused(f"{name}: columns are separated by {separators[0]!r}; save it with commas")
+        if twice := [column for column, count in Counter(header).items() if column and count > 1]:
+            raise Refused(f"{name} has the column {twice[0]} twice; leave one out")
         require_columns(name, header, columns)
         for row in reader:
             if None in row and not extra_cells:
@@ -93,6 +96,15 @@ def require_columns(where: str, found: Collection[str], columns: Collection[str]
     if missing:
         listed = ", ".join(str(column) for column in found) or "none"
         raise Refused(f"{where} lacks {', '.join(missing)}; it has {listed}")
+
+
+def renamed(row: dict, ours: dict[str, str]) -> dict:
+    """Return a row with columns under our names; one that has such a name already, unasked, is left out.
+
+    Args:
+        ours: our name of a column by the table's own, such as {"report": "text"}.
+    """
+    return {ours.get(name, name): cell for name, cell in row.items() if name in ours or name not in ours.values()}
 
 
 def path_fault(name: object) -> str | None:
@@ -150,7 +162,7 @@ def load_rows(directory: Path, image_column: str, caption_column: str) -> list[d
     content = (directory / tables[0]).read_bytes()
     rows = []
     for number, raw in enumerate(parse_table(tables[0], content, (image_column, caption_column)), start=1):
-        row = {"file_name": raw.pop(image_column), "text": raw.pop(caption_column), **raw}
+        row = renamed(raw, {image_column: "file_name", caption_column: "text"})
         fault = path_fault(row["file_name"])
         if fault:
             raise Refused(f"{directory / tables[0]}, row {number}: {image_column} {row['file_name']!r} {fault}")
@@ -195,6 +207,13 @@ def finding_names(value: object) -> list[str] | None:
         return None
     names = {str(name).strip() for name in value}
     return sorted(name for name in names if name.casefold() not in NO_FINDING)
+
+
+def holds_labels(value: object) -> bool:
+    """Return whether a cell called `findings` holds labels, as ours does, not the section of a report of that name."""
+    if isinstance(value, list):
+        return not any(str(name).rstrip().endswith(".") for name in value)  # else a list of sentences
+    return isinstance(value, str) and ("|" in value or value.lstrip().startswith("["))
 
 
 def row_faults(rows: Iterable[dict], directory: Path) -> Iterator[str]:

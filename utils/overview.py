@@ -125,11 +125,9 @@ def fold_table(counts: dict) -> tuple[list[str], list[list[str]]]:
 
 def draw_counts(counts: dict, rows: Sequence[dict]) -> bytes:
     """Return a PNG of the set in six charts: views, ages, findings, folds, caption lengths, reasons of rejection."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     views, ages, findings, folds, captions, rejected = figure.subplots(2, 3).ravel()
 
     pairs = Counter((row["view"] or "unknown", row["sex"] or "unknown") for row in rows)
@@ -147,7 +145,8 @@ def draw_counts(counts: dict, rows: Sequence[dict]) -> bytes:
     ages.set(title=f"Age, known of {len(known)} films", xlabel="years")
 
     common = sorted(counts["findings"].items(), key=lambda item: item[1])[-MOST_FINDINGS:]
-    findings.barh([shorten(name, LONGEST_NAME) for name, _ in common], [number for _, number in common])
+    names = [shorten(name, LONGEST_NAME).replace("$", r"\$") for name, _ in common]  # no formulas
+    findings.barh(names, [number for _, number in common])
     findings.set_title("Films by finding")
 
     sick = np.array(

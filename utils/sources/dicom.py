@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from utils.captions import caption
 from utils.dicom import is_dicom
-from utils.films import UNKNOWN_VIEW, VIEWS, Film
-from utils.metadata import MAX_AGE, finding_names, parse_table
+from utils.films import FRONTAL_VIEWS, UNKNOWN_VIEW, VIEWS, Film
+from utils.metadata import MAX_AGE, SEXES, finding_names, holds_labels, parse_table, renamed
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import text_of
@@ -46,9 +46,7 @@ KEYS = (
 TEXT_COLUMNS = ("text", "report", "impression", "findings", "labels")
 RADIOGRAPHS = ("CR", "DX", "DR", "RG", "XA", "RF", "SC", "OT")  # digitised and exported films come as the last two
 DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR, which lists files and is none
-FRONTAL = ("PA", "AP", "FRONTAL")
 DECUBITUS = ("LLD", "RLD")  # lying on a side
-SEXES = {"M": "M", "F": "F"}  # "O" is other
 OLDEST = 90  # years: who is older is so rare as to be known by it (45 CFR 164.514)
 
 
@@ -102,10 +100,7 @@ def read_words(mirror: Mirror) -> Words:
     ours = mirror.theirs(file_name="image_column", patient_id="patient_column")
     caption_column = mirror.columns.get("caption_column")
     asked = [theirs for theirs, name in ours.items() if theirs != name] + ([caption_column] if caption_column else [])
-    rows = [
-        {ours.get(column, column): cell for column, cell in row.items()}
-        for row in parse_table(table, mirror.read(table), asked)
-    ]
+    rows = [renamed(row, ours) for row in parse_table(table, mirror.read(table), asked)]
     key = next((key for key in KEYS if key in rows[0]), None)
     column = caption_column or next((column for column in TEXT_COLUMNS if column in rows[0]), None)
     if key is None or column is None:
@@ -124,6 +119,9 @@ def read_words(mirror: Mirror) -> Words:
             raise Refused(
                 f"{table}, row {number}: its film has no patient_id; give one to every film or leave the column out"
             )
+    if column == "findings" and "labels" not in rows[0] and any(holds_labels(row[column]) for row in rows):
+        by_key = {value: renamed(row, {"findings": "labels"}) for value, row in by_key.items()}
+        column = "labels"
     return Words(by_key, key, column)
 
 
@@ -182,7 +180,7 @@ def key_of(header: Header, key: str) -> str:
 def film_of(header: Header, words: Words) -> Film:
     """Return what a header and its row of the table say of a film."""
     elements, row = header.elements, words.rows.get(key_of(header, words.key))
-    view, age, sex = view_of(elements), age_of(elements), SEXES.get(elements["PatientSex"].upper())
+    view, age, sex = view_of(elements), age_of(elements), SEXES.get(elements["PatientSex"].upper())  # "O" is other
     findings = finding_names((row or {}).get("labels"))
     if row is None:
         text = ""
@@ -214,7 +212,7 @@ def fault_of(elements: Mapping[str, str]) -> str | None:
         return "not for presentation"  # the detector's values, beside the film that was made of them
     # Not turned here: headers are wrong at times, and "left" in a caption must be left on the film
     row, _, column = elements["PatientOrientation"].upper().partition("\\")
-    if view_of(elements) in FRONTAL and (row.strip()[:1] == "R" or column.strip()[:1] == "H"):
+    if view_of(elements) in FRONTAL_VIEWS and (row.strip()[:1] == "R" or column.strip()[:1] == "H"):
         return "mirrored or upside down by its header"
     return None
 

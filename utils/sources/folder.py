@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from utils.films import Film, view_named
-from utils.metadata import MAX_AGE, MAX_NAME_BYTES, SEXES, finding_names, parse_table, path_fault
+from utils.metadata import MAX_AGE, MAX_NAME_BYTES, SEXES, finding_names, parse_table, path_fault, renamed
 from utils.mirror import Mirror
 from utils.refusal import Refused
 
@@ -20,6 +20,7 @@ EXAMPLE = "python download.py --source folder --mirror FOLDER_OR_ADDRESS"
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
+SUFFIX = re.compile(r"\.(?:png|jpe?g|jp2|tiff?|bmp|gif|webp|dcm|dicom|ima)$", re.IGNORECASE)  # others may be of a name
 KNOWN = (*COLUMNS, "patient_id", "findings", "view", "age", "sex", "sha256", "borders", "geometry")
 
 
@@ -37,9 +38,10 @@ def list_films(mirror: Mirror) -> list[Film]:
     ours = mirror.theirs(file_name="image_column", text="caption_column", patient_id="patient_column")
     asked = [theirs for theirs, name in ours.items() if name in COLUMNS or theirs != name]
     rows = parse_table(table, mirror.read(table), asked)
-    rows = [{ours.get(column, column): cell for column, cell in row.items()} for row in rows]
-    if unused := [column for column in dict.fromkeys(column for row in rows for column in row) if column not in KNOWN]:
+    used = {*ours, *KNOWN} - (set(ours.values()) - set(ours))
+    if unused := [column for column in dict.fromkeys(column for row in rows for column in row) if column not in used]:
         print(f"{table}: not used: {', '.join(unused)}; used where they are there: {', '.join(KNOWN[:7])}", flush=True)
+    rows = [renamed(row, ours) for row in rows]
     films = [film_of(row, table) for row in rows]
     for column in ("age", "sex"):
         cells = [row.get(column) for row, film in zip(rows, films, strict=True) if getattr(film, column) is None]
@@ -102,7 +104,7 @@ def file_hash(value: object) -> str | None:
 def data_name(name: str) -> str:
     """Return the name in the data folder: "images/a/b.jpg" and "a/b.jpg" become "images/a_b.png"."""
     flat = name.removeprefix("images/").replace("/", "_")
-    flat = flat.rpartition(".")[0] or flat
+    flat = SUFFIX.sub("", flat) or flat
     if len(flat.encode()) > MAX_NAME_BYTES:  # of deep folders named after UIDs
         flat = f"{flat[:40]}_{hashlib.sha256(flat.encode()).hexdigest()[:16]}"
     return f"images/{flat}.png"

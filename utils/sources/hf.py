@@ -13,7 +13,7 @@ from utils.captions import caption
 from utils.files import write_bytes
 from utils.films import Film, view_named
 from utils.hub import HUB_ERRORS
-from utils.metadata import finding_names
+from utils.metadata import SEXES, finding_names, holds_labels
 from utils.mirror import Mirror
 from utils.refusal import Refused
 from utils.reports import text_of
@@ -42,7 +42,8 @@ NUM_DIGITS = 8  # of a film's number
 def list_films(mirror: Mirror) -> list[Film]:
     """Return all films of a split, in its order, without a byte of their pixels.
 
-    The caption column is read as `reports.text_of` does; one of classes gives their names, and so does `labels`.
+    The caption column is read as `reports.text_of` does; one of classes gives their names, and so does `labels`,
+    or `findings` where it holds labels.
 
     Args:
         mirror: OWNER/NAME on the hub, or a folder that `datasets.load_dataset` reads; its `columns` say which columns hold
@@ -77,17 +78,21 @@ def list_films(mirror: Mirror) -> list[Film]:
                 f"--mirror {mirror.place}, row {number}: no {patient}; without it no patient can be kept in one fold"
             )
         member = f"{split}/{number:0{NUM_DIGITS}}"
+        cell, labels, words = encoded.get("findings"), row.get("labels"), None
+        if labels is None and holds_labels(cell):
+            labels = cell if not isinstance(row["findings"], list) else row["findings"]  # by name
+            words = caption(None, None, None, finding_names(labels), member) if text == "findings" else None
         films.append(
             Film(
                 source_id=member,
                 path=member,
                 file_name=f"images/{member.replace('/', '_')}.png",
-                text=text_of(row, text, caption(None, None, None, None)),
+                text=words or text_of(row, text, caption(None, None, None, None)),
                 patient_id=patient_id,
-                findings=finding_names(row.get("labels")),
+                findings=finding_names(labels),
                 view=view_named(row.get("view")),
                 age=age_in_years(row.get("age")),
-                sex={"M": "M", "F": "F"}.get(str(row.get("sex") or "")[:1].upper()),
+                sex=SEXES.get(str(row.get("sex") or "").strip().upper()),
                 archive=split,
                 license=license,
             )
