@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from utils.mirror import Mirror
+
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 64  # pixels
 HANG_S = 1200  # what takes longer hangs; machines that others share have taken 160 s for what takes 10
@@ -82,9 +84,11 @@ def build_data(folder: Path, num_patients: int = 20, films_each: int = 2) -> Pat
     return folder
 
 
-def mirror_of(files: dict[str, bytes]) -> SimpleNamespace:
+def mirror_of(files: dict[str, bytes]) -> Mirror:
     """Return a mirror that holds these files."""
-    return SimpleNamespace(place="mirror", is_remote=False, read=files.get, columns={}, path=Path("/nowhere").joinpath)
+    mirror = Mirror("mirror")
+    mirror.read, mirror.path = files.get, Path("/nowhere").joinpath
+    return mirror
 
 
 def fake_package(folder: Path, name: str, version: str) -> None:

@@ -138,6 +138,7 @@ def test_heads_of_readings_are_read_as_they_were_typed(head: str, sex: str, age:
     assert montgomery.parse_reading(f"{head}\nbilateral PTB ?right pleurisy\nNATB")[2] == (
         "bilateral pulmonary tuberculosis possible right pleurisy. NATB"
     )
+    assert montgomery.parse_reading(f"{head}\n1.PTB; 2.5 cm cavity")[2] == "pulmonary tuberculosis. 2.5 cm cavity"
 
 
 def test_an_archive_at_an_address_and_a_folder_give_the_same_set(
@@ -238,6 +239,8 @@ def test_chexpert_labels_are_read() -> None:
     )
     assert films[0].text == "AP chest radiograph of a 68-year-old woman. No acute finding."
     assert films[1].findings == ["Cardiomegaly", "Support devices"]
+    other = csv(CHEXPERT_HEADER + ",Pleural Other", f"{path(1)},Male,50,Frontal,PA,,1.0,,,1.0")
+    assert chexpert.list_films(mirror_of({"train.csv": other}))[0].findings == ["Cardiomegaly"]
     assert films[2].text == "" and films[2].age is None and films[2].sex is None  # nothing certain is no finding
     assert [film.view for film in films] == ["AP", "PA", "AP", "LATERAL", "LATERAL"]
     assert films[1].path == "train/patient00002/study1/view1_frontal.jpg" and films[1].patient_id == "chexpert-00002"
@@ -276,6 +279,10 @@ def test_padchest_labels_stand_where_they_are() -> None:
         """f.png,1,20140915,87,1930.0,F,PA,x,"['abnormal foreign body', nan]",nan""",
         """g.png,1,20140915,88,1930.0,F,PA,x,"['nodule']","[['normal']]\"""",
         """h.png,1,20140915,89,1930.0,F,PA,x,"['normal', 'unchanged']","[['normal'], ['unchanged']]\"""",
+        """i.png,1,20140915,90,1930.0,F,PA,x,"['pleural effusion', 'hemidiaphragm elevation', 'dai']","""
+        """"[['pleural effusion', 'loc right'], ['hemidiaphragm elevation left side'], ['dai']]\"""",
+        """j.png,1,20140915,91,1930.0,F,PA,x,"[' normal']","[[' normal']]\"""",
+        """k.png,1,20140915,92,1930.0,F,PA,x,"['cardiomegaly', ' exclude']","[['cardiomegaly'], ['exclude']]\"""",
     )
     films = padchest.list_films(mirror_of({f"{padchest.TABLE}.gz": gzip.compress(csv(header, *rows))}))
     assert films[0].text == "PA chest radiograph of an 84-year-old woman. No acute finding."
@@ -290,6 +297,11 @@ def test_padchest_labels_stand_where_they_are() -> None:
     assert films[5].findings == ["abnormal foreign body"]  # "normal" is in it, and it is not
     assert films[6].findings == ["nodule"]
     assert films[7].text == "" and films[7].findings is None  # it may be unchanged from anything
+    assert films[8].text.endswith("Pleural effusion: right. Hemidiaphragm elevation: left. Implantable defibrillator.")
+    assert films[8].findings == ["hemidiaphragm elevation", "implantable defibrillator", "pleural effusion"]
+    assert (
+        films[9].findings == [] and "no acute finding" in films[9].text and films[10].fault == "excluded by its owner"
+    )
 
 
 @pytest.mark.parametrize("place", ["12/a.png", "images/12/a.png", "images/a.png", None])

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
-from utils.archives import Zip
+from utils.archives import Zip, gunzip
 from utils.fetch import (
     MAX_TABLE_BYTES,
     NotFetched,
@@ -95,6 +95,12 @@ class Mirror:
             if str(failure) == "not found":
                 return None
             raise Refused(f"cannot read {address}: {failure}; is --mirror right?") from None
+
+    def read_packed(self, name: str) -> bytes | None:
+        """Return a small file that may lie there as it is or with gzip, as `name.gz`; None where there is neither."""
+        content = self.read(name)
+        packed = self.read(f"{name}.gz") if content is None else None
+        return content if packed is None else gunzip(name, packed)
 
     def open(self, name: str, stop: threading.Event, read_ahead: int = FILM_BYTES) -> IO[bytes] | None:
         """Return a file that can be read anywhere, None where there is no such file.

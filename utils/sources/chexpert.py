@@ -57,7 +57,9 @@ def film_of(row: dict[str, str], table: str) -> Film:
     _, _, path = row["Path"].partition("/")  # of "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
     labels = {name: value for name, value in row.items() if name not in COLUMNS}
     positive = sorted(name.capitalize() for name, value in labels.items() if value in ("1.0", "1"))
-    findings = [name for name in positive if name != "No finding"] or ([] if "No finding" in positive else None)
+    # "Pleural other" says nothing that a caption could
+    findings = [name for name in positive if name not in ("No finding", "Pleural other")]
+    findings = findings or ([] if "No finding" in positive else None)
     patient = patient_of(path, table)
     view, age, sex = view_of(row["AP/PA"], row["Frontal/Lateral"]), age_in_years(row["Age"]), SEXES.get(row["Sex"])
     return Film(

@@ -4,7 +4,6 @@ import re
 import zipfile
 from dataclasses import replace
 
-from utils.archives import gunzip
 from utils.captions import caption
 from utils.films import UNKNOWN_VIEW, VIEWS, Film
 from utils.metadata import parse_table
@@ -44,12 +43,12 @@ def list_films(mirror: Mirror) -> list[Film]:
     Raises:
         Refused: without table or reports, or for a table that cannot be used.
     """
-    table = read_table(mirror, TABLE)
+    table = mirror.read_packed(TABLE)
     if table is None:
         raise Refused(f"--mirror {mirror.place} holds no {TABLE}.gz; it comes with MIMIC-CXR-JPG. {EXAMPLE}")
     reports = mirror.open_zip(REPORTS)
     names = set() if reports is None else set(reports.namelist())
-    labels = findings_of(read_table(mirror, LABELS))
+    labels = findings_of(mirror.read_packed(LABELS))
     films, captions = [], {}
     for row in parse_table(TABLE, table, COLUMNS):
         subject, study, image = row["subject_id"], row["study_id"], row["dicom_id"]
@@ -76,13 +75,6 @@ def list_films(mirror: Mirror) -> list[Film]:
         )
     suffix = suffix_of(mirror, films)
     return [replace(film, path=film.path + suffix) for film in films]
-
-
-def read_table(mirror: Mirror, name: str) -> bytes | None:
-    """Return a table of MIMIC-CXR-JPG, packed as it comes or unpacked, None where there is none."""
-    content = mirror.read(name)
-    packed = mirror.read(f"{name}.gz") if content is None else None
-    return content if packed is None else gunzip(name, packed)
 
 
 def read_report(mirror: Mirror, reports: zipfile.ZipFile | None, names: set[str], path: str) -> str:

@@ -149,7 +149,7 @@ def parse_reading(reading: str) -> tuple[str | None, int | None, str]:
     said = SAME_PATIENT.sub("", "\n".join(line for line in lines if line not in head))
     said = ABBREVIATION.sub(lambda match: WRITTEN_OUT[match[0].upper()], said)
     said = re.sub(r"\s*(?:;|\n|,?\s*\bIMP:)\s*", ". ", said)
-    said = re.sub(r"(?:^|(?<=\. ))\d\.\s*", "", said)
+    said = re.sub(r"(?:^|(?<=\. ))\d\.(?!\d)\s*", "", said)
     said = re.sub(r",(?=\S)", ", ", re.sub(r"\s*\?\s*(?=\w)", " possible ", said))
     known_sex = None if sex is None else {"m": "M", "f": "F"}[(sex[1] or sex[2])[0].lower()]
     return known_sex, years if years is not None and years <= MAX_AGE else None, " ".join(said.split())

@@ -2,8 +2,8 @@
 
 import ast
 import re
+from collections.abc import Collection
 
-from utils.archives import gunzip
 from utils.captions import capitalised, caption, describe_findings
 from utils.films import UNKNOWN_VIEW, Film
 from utils.metadata import MAX_AGE, parse_table, path_fault
@@ -29,6 +29,8 @@ COLUMNS = (
     "LabelsLocalizationsBySentence",
 )  # fmt: skip
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL", "COSTAL": "COSTAL"}
+SIDES = {" left side": "loc left", " right side": "loc right", " both sides": "loc bilateral"}
+WRITTEN_OUT = {"dai": "implantable defibrillator"}  # the Spanish abbreviation
 NO_FINDING = {"", "normal", "unchanged", "exclude", "suboptimal study"}
 
 
@@ -42,11 +44,9 @@ def list_films(mirror: Mirror) -> list[Film]:
     Raises:
         Refused: without the table, or for one that cannot be used.
     """
-    content = mirror.read(TABLE)
-    packed = mirror.read(f"{TABLE}.gz") if content is None else None
-    if content is None and packed is None:
+    content = mirror.read_packed(TABLE)
+    if content is None:
         raise Refused(f"--mirror {mirror.place} holds no {TABLE} or {TABLE}.gz; expected it beside the films")
-    content = gunzip(TABLE, packed) if content is None else content
     rows = parse_table(TABLE, content, COLUMNS)
     layouts = ("images/{ImageID}", "images/{ImageDir}/{ImageID}", "{ImageDir}/{ImageID}")
     there = (layout for row in rows for layout in layouts if mirror.path(layout.format(**row)).is_file())
@@ -92,24 +92,35 @@ def label_groups(row: dict[str, str]) -> tuple[list[tuple[list[str], list[str]]]
     labels, groups = (listed(row[column]) for column in ("Labels", "LabelsLocalizationsBySentence"))
     if not all(isinstance(group, list) for group in groups):
         groups = [labels]
-    if not {str(name).strip() for group in groups for name in group} >= {str(name).strip() for name in labels}:
+    groups = [[part for name in group for part in label_and_side(str(name).strip(), labels)] for group in groups]
+    if not {name for group in groups for name in group} >= set(labels):
         groups = [labels]  # sentences that have lost some of their labels
     found = []
     for group in groups:
-        names = list(dict.fromkeys(str(name).strip() for name in group))
+        names = list(dict.fromkeys(WRITTEN_OUT.get(name, name) for name in group))
         findings = [name for name in names if not name.startswith("loc ") and name.casefold() not in NO_FINDING]
         if findings:
             found.append((findings, [name.removeprefix("loc ") for name in names if name.startswith("loc ")]))
     return found, "exclude" in labels
 
 
+def label_and_side(name: str, labels: Collection[str]) -> list[str]:
+    """Return a label of a sentence as the film's own `labels` have it, and the side that it names as a place of its own."""
+    for ending, place in SIDES.items():
+        if name not in labels and (label := name.removesuffix(ending)) in labels:
+            return [label, place]
+    return [name]
+
+
 def listed(cell: str) -> list:
-    """Return the list that a cell holds as Python writes it, empty for what is none."""
+    """Return the list that a cell holds as Python writes it, its texts stripped, empty for what is none."""
     try:
         value = ast.literal_eval(re.sub(r"\bnan\b(?=\s*[,\]])", "''", cell))
     except (ValueError, SyntaxError):
         return []
-    return value if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [name.strip() if isinstance(name, str) else name for name in value]
 
 
 def sentence(group: tuple[list[str], list[str]]) -> str:
