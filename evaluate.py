@@ -5,6 +5,7 @@
 
 Of one fold:
 
+    report.html          open this first: all of it on one page, the pictures below included
     metrics.json         every figure with its interval, its floors and its ceiling
     films.jsonl          the same by film, for pooling and for statistics of your own
     readings.jsonl       by film what its caption asserts, and how strongly that is read in generated and real films
@@ -14,7 +15,6 @@ Of one fold:
     nearest.png          the generated films that are most like a training film. It shows patients, too
     findings.png         for sets with drawn findings: prompted findings as drawn, by the base, by the adapter
     noise_levels.png     what the adapter gained over the base, by noise level
-    report.html          all of it on one page, those pictures included
 
 Of all folds: summary.json, summary.csv, folds.png and report.html. What an evaluation that was cut off had drawn and scored
 waits beside these files, and the same command goes on from it.
@@ -155,7 +155,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")
     add("--cross_validation", type=Path, metavar="OUT", help="folder of evaluated runs fold<k>: one table of them all")
-    add("--against", type=Path, metavar="OUT", help="another such folder: which does better on the same films?")
+    add(
+        "--against",
+        type=Path,
+        metavar="OUT",
+        help="with --cross_validation: another such folder; which does better on the same films?",
+    )
     add(
         "--num_prompted",
         type=int,
@@ -170,9 +175,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max_training_films",
         type=int,
         default=10_000,
-        help="measure at most so many training films; where that is not all, the audit passes no adapter [10000]",
+        help="compare with at most so many training films; if that is not all, the audit cannot pass [10000]",
     )
-    add("--seed", type=int, default=0, help="of samples, pairs and resampling [0]")
+    add("--seed", type=int, default=0, help="seed of samples, pairs and resampling [0]")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--num_inference_steps", type=int, default=25, help="solver steps of the free samples [25]")
@@ -181,13 +186,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
-        help="[fp16 on a GPU where the run had it, else accelerate's, else bf16 where native, else no]",
+        help="no is fp32 [fp16 on a GPU where the run had it, else accelerate's, else bf16 where native, else no]",
     )
 
     add = parser.add_argument_group("files").add_argument
     add("--train_data_dir", type=Path, help="the films [where the run found them]")
     add("--cache_dir", help="latents and hub downloads [where the run kept them]")
-    add("--output_dir", type=Path, help="[<run>/evaluation, or <out>/cross_validation]")
+    add("--output_dir", type=Path, help="folder of the report [<run>/evaluation, or <out>/cross_validation]")
     return parser.parse_args(argv)
 
 
@@ -561,19 +566,19 @@ def summarise_sets(
 
     # What captions assert, read in films by linear probes that were fitted on the training patients' films
     readable = {name: measured["readable"] for name, measured in spaces.items()}
-    mirrored = {}
-    if any(SIDE in told for told in assertions(drawn.held_out_rows)):
+    asserted, mirrored = assertions(drawn.held_out_rows), {}
+    if any(SIDE in told for told in asserted):
         flipped = {name: (films.flip(-1) for films in of) for name, of in batches.items() if counts[name]}
         mirrored = {name: measure(of, counts[name])["readable"] for name, of in flipped.items()}
     for part in (readable, mirrored) if mirrored else (readable,):
         part["known_real"] = part["training"][of_trained]
     probes = LinearProbes(drawn.training_rows, drawn.held_out_rows, readable, mirrored, seed)
     read = {name: probes.read(name) for name in ("generated", "base", "held_out", "counterpart") if name in readable}
-    asserted = assertions(drawn.held_out_rows)
     is_new = [caption not in drawn.training_captions for caption in captions]
     scores = {"generated": read["generated"], "base": read["base"], "real": read["held_out"]}
     views = views_of(drawn.held_out_rows, asserted)
-    metrics["alignment"] = agreement(Asked(asserted, bank.patients, views=views, seed=seed), scores, is_new)
+    asked_of_films = Asked(asserted, bank.patients, views=views, seed=seed)
+    metrics["alignment"] = agreement(asked_of_films, scores, is_new)
     metrics["counterfactual"] = (
         compare_pairs(
             drawn.held_out_rows, drawn.pairs,
@@ -586,7 +591,6 @@ def summarise_sets(
     training_views = views_of(drawn.training_rows, assertions(drawn.training_rows))
     of_training = subgroups(values_of(drawn.training_rows, training_views, drawn.training_captions))
     groups = subgroups(values)
-    asked_of_films = Asked(asserted, bank.patients, views=views, seed=seed)
     of_reading = agreement_by_group(asked_of_films, {kind: scores[kind] for kind in ("generated", "real")}, groups)
     near = distances_by_group(features, groups, bank.patients, features["training"], of_training)
     metrics["by_group"] = {

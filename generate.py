@@ -120,9 +120,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="captions of the fold that the run of --lora held out; not to train on",
     )
-    add("--train_data_dir", type=Path, help="its films [where the run found them]")
+    add("--train_data_dir", type=Path, help="films of that run [where it found them]")
     add("--negative_prompt", default="", help="what guidance leads away from [nothing]")
-    add("--num_images", type=int, default=1, help="images a prompt [1]")
+    add("--num_images", type=int, default=1, help="images per prompt [1]")
     add("--seed", type=int, default=0, help="image j starts from the noise of seed + j [0]")
     add(
         "--own_noise",
@@ -136,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lora", type=Path, nargs="+", action="extend", default=[], metavar="ADAPTER",
         help="a run's folder or a safetensors file; several are added up [none: the bare base]")  # fmt: skip
     add("--lora_scale", type=float, nargs="+", action="extend", help="weight of each adapter; 0 is the bare base [1]")
-    add("--no_vae_decoder", action="store_true", help="keep the base's decoder where one lies beside the adapter")
+    add("--no_vae_decoder", action="store_true", help="take the base's decoder, not the one beside the adapter")
     add("--pretrained_model_name_or_path", metavar="BASE", help="folder or hub id [the adapter's own base]")
     add("--revision", help="branch, tag or commit of the base on the hub")
     add("--variant", help="infix of the base's weight files, such as fp16")
@@ -149,7 +149,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"solver: {', '.join(SCHEDULERS)}, or the class of one of diffusers' that suit it; a wrong name lists them [dpmsolver++]")  # fmt: skip
     add("--resolution", type=int, help="side in pixels [the adapter's own, else the base's]")
     add("--batch_size", type=int, default=4, help="images at a time; short batches are filled up [4]")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[accelerate's, else bf16 where native, else no]")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="no is fp32; a T4 wants fp16 [accelerate's, else bf16 where native, else no]",
+    )
     add("--compile", action="store_true", help="compile the UNet's blocks: pays for hundreds of images, on a GPU")
     add(
         "--no_cuda_graph", action="store_true", help="on a GPU, launch the UNet's kernels one by one, not as one graph"
@@ -164,7 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("a page instead").add_argument
     add("--serve", action="store_true", help="open a page in the browser: adapters from out/, beside their base")
     add("--share", action="store_true", help="give it a public address, as Colab needs; whoever has it can draw there")
-    add("--port", type=int, help="of the page [the first free one from 7860]")
+    add("--port", type=int, help="port of the page [the first free one from 7860]")
 
     add = parser.add_argument_group("output").add_argument
     add(
@@ -172,7 +176,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="folder of the images [images; images/page for --serve, whose trials are no data set]",
     )
-    add("--bit_depth", type=int, choices=[8, 16], default=8, help="of a pixel [8]")
+    add("--bit_depth", type=int, choices=[8, 16], default=8, help="bits of a pixel [8]")
     add("--dicom", action="store_true", help="write DICOM Secondary Capture, too, also of images that are there")
     add("--burn_label", action="store_true", help=f'write "{LABEL}" into the DICOM films')
     args = parser.parse_args(argv)
@@ -291,7 +295,7 @@ def read_adapters(
 
     Returns:
         Their files and weights, tensors and header of each, a header for all, {} where other tools wrote them, and
-        decoders by hash. An adapter of weight 0 tells which base it was made for, and nothing else.
+        decoders by hash. An adapter of weight 0 tells its base and resolution, not what is predicted.
 
     Raises:
         Refused: for adapters of different bases or resolutions, or each with a decoder of its own.
@@ -329,9 +333,9 @@ def load_model(
 ) -> tuple[StableDiffusionPipeline, dict, QualityControl]:
     """Return a pipeline with adapters merged into it, what its images have to say of it, and what looks at them."""
     files, scales, adapters, header, decoders = read_adapters(args)
-    trained, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
+    settings, base_name = header.get("settings", {}), args.pretrained_model_name_or_path
     if base_name is None and "base" in header:
-        revision, variant = args.revision or trained.get("revision"), args.variant or trained.get("variant")
+        revision, variant = args.revision or settings.get("revision"), args.variant or settings.get("variant")
     else:
         revision, variant = args.revision, args.variant
     told = (base_of(file, of["base"]) for file, (_, of) in zip(files, adapters, strict=True) if "base" in of)
@@ -340,7 +344,7 @@ def load_model(
     # An adapter that names no prediction was trained on the base's own
     own = base.noise_scheduler.config.prediction_type
     taught = [of["settings"] for (_, of), scale in zip(adapters, scales, strict=True) if scale and "settings" in of]
-    kinds = {settings.get("prediction_type") or own for settings in taught}
+    kinds = {of.get("prediction_type") or own for of in taught}
     trained = taught[0] if taught else {}
     if len(kinds) > 1:
         raise Refused(
@@ -502,8 +506,8 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     prompts, num_given = ([], 0) if args.serve else gather_prompts(args)
     check_files(args)
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
-    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[patient])
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # of processes that have less to draw
+    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision), kwargs_handlers=[timeout])
     allow_tf32(accelerator.mixed_precision != "no")
     use_all_cores()
     if accelerator.device.type == "cpu":

@@ -14,7 +14,8 @@ Trains on every fold but --fold, less a tenth of the patients for validation, an
     checkpoint-<step>/                 what the same command, typed again, goes on from, exactly
     logs/                              for TensorBoard
 
-The loop is below; `utils/` holds what would distract from it.
+In --help, [ ] is what a flag is where it is not given. Most runs need no more than --fold, --train_batch_size,
+--learning_rate, --max_train_steps and --rank.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -169,7 +170,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default="data", help="folder of images and metadata.jsonl, from download.py [data]")
     add("--dataset_name", help="the same folder, by the name that diffusers' script gives it")
-    add("--fold", type=int, default=0, help="the fold that is held out; evaluate.py alone touches it [0]")
+    add("--fold", type=int, default=0, help="patients kept out of training, for evaluate.py alone [0]")
     add("--group_by", choices=["patient_id", "image"], default="patient_id", help="image: each is its own patient")
     add("--image_column", default="file_name", help="column of the image's file name [file_name]")
     add("--caption_column", default="text", help="column of the caption [text]")
@@ -184,7 +185,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit of the base on the hub")
     add("--variant", help="infix of the base's weight files, such as fp16")
     add("--resolution", type=int, help="side of the films in pixels [the base's own]")
-    add("--center_crop", action="store_true", help="accepted; films are centred always, as latents are cached")
+    add("--center_crop", action="store_true", help="for diffusers' command lines: films are centred in any case")
     add("--random_flip", action="store_true", help="mirror half of the films; puts the heart on the right")
     add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="[lanczos]")
 
@@ -194,7 +195,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--lora_targets",
         choices=list(UNET_TARGETS),
-        help="layers of the UNet that adapt, each preset with those before [attention; for the bundled base feed_forward]",
+        help="layers of the UNet with LoRA, each choice with those before it [attention; for the bundled base feed_forward]",
     )
     add("--text_encoder_rank", type=int, default=8, help="rank of the text encoder's adapter; 0 freezes it [8]")
     add("--train_text_encoder_frac", type=float, default=1.0, help="share of the steps in which it learns [1]")
@@ -204,7 +205,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=0.0,
         help="share of an adapter's inputs that a step leaves out; resume with the same batch size and processes [0]",
     )
-    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank): sqrt(rank) times as much")
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
     add("--use_dora", action="store_true", help="adapt magnitude and direction of the UNet's weights apart; slower")
     add(
         "--use_ema",
@@ -222,21 +223,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--box_loss_weight",
         type=float,
         default=0.0,
-        help="what each of a film's boxes (column boxes) adds to its loss, in whole films, however small it is [0]",
+        help="weight of the mean error in each box (column boxes), however small, beside that of the whole film [0]",
     )
     add("--noise_offset", type=float, default=0.0, help="standard deviation of a shift of the noise per channel [0]")
-    add("--input_perturbation", type=float, default=0.0, help="standard deviation of noise beside the target's [0]")
+    add(
+        "--input_perturbation",
+        type=float,
+        default=0.0,
+        help="standard deviation of noise on the input that is not in the target [0]",
+    )
     add("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance [0.1]")
     add("--sentence_dropout", type=float, default=0.0, help="share of sentences, but the first, left out [0]")
     add("--shuffle_captions", action="store_true", help="a control: deal the training films' captions out at random")
 
     add = parser.add_argument_group("decoder").add_argument
-    add("--adapt_decoder_steps", type=int, default=0, help="steps of 8 films that the decoder learns from first [0]")
+    add("--adapt_decoder_steps", type=int, default=0, help="train the decoder first, so many steps of 8 films [0]")
     add("--adapt_decoder_lr", type=float, help="its learning rate [1e-3 for the bundled base, else 1e-4]")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=16, help="films a process and a micro-step [16]")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps an optimizer step [1]")
+    add("--train_batch_size", type=int, default=16, help="films at a time on each process [16]")
+    add("--gradient_accumulation_steps", type=int, default=1, help="such batches per optimizer step [1]")
     add("--max_train_steps", type=int, help="optimizer steps [1000 for the bundled base, else 4000]")
     add("--num_train_epochs", type=int, help="the same in passes over the films; --max_train_steps wins")
     add("--learning_rate", type=float, help="of the UNet's adapter [4e-3 for the bundled base, else 1e-4]")
@@ -245,8 +251,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scale_lr", action="store_true", help="multiply both by the films of an optimizer step")
     add("--lr_scheduler", default="cosine", choices=LR_SCHEDULERS, help="[cosine]")
     add("--lr_warmup_steps", type=int, help="steps of linear warm-up [5 %% of the steps]")
-    add("--lr_num_cycles", type=int, default=1, help="of cosine_with_restarts [1]")
-    add("--lr_power", type=float, default=1.0, help="of polynomial [1]")
+    add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts [1]")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial [1]")
     add("--lr_step_rules", help="of piecewise_constant, as factor:step,...,factor, such as 1:500,0.1:800,0.01")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="decay of the first moment [0.9]")
@@ -254,7 +260,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay [0.01]")
     add("--adam_epsilon", type=float, default=1e-8, help="[1e-8]")
     add("--max_grad_norm", type=float, default=1.0, help="L2 norm that the gradient is clipped to [1]")
-    add("--seed", type=int, default=0, help="of everything random [0]")
+    add("--seed", type=int, default=0, help="seed of everything random [0]")
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_steps", type=int, help="optimizer steps between validations [a tenth of the steps]")
@@ -262,7 +268,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--validation_batch_size", type=int, default=16, help="films at a time [16]")
     add("--validation_prompt", action="append", help="prompt of the sample grid; repeat for more [three of ours]")
     add("--num_validation_images", type=int, default=4, help="samples a prompt; 0 draws none [4]")
-    add("--early_stopping_patience", type=int, default=3, help="validations without a gain in SSIM; 0 goes on [3]")
+    add(
+        "--early_stopping_patience",
+        type=int,
+        default=3,
+        help="stop after so many validations without a gain in SSIM; 0: never [3]",
+    )
 
     add = parser.add_argument_group("hardware").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="no is fp32 [accelerate's, else bf16 where native]")
@@ -275,14 +286,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--cuda_graph", action="store_true", help="replay forward and backward as one launch: faster for small batches"
     )
-    add("--no_cuda_graph", dest="cuda_graph", action="store_false", default=False, help="take back that of a preset")
+    add(
+        "--no_cuda_graph",
+        dest="cuda_graph",
+        action="store_false",
+        default=False,
+        help="leave out the --cuda_graph of a preset",
+    )
     add(
         "--auto_batch_size", action="store_true", help="split --train_batch_size into micro-steps that fit into memory"
     )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers instead of PyTorch's SDPA")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read films to encode them [0]")
-    add("--local_rank", type=int, default=-1, help="accepted; accelerate knows it")
+    add("--local_rank", type=int, default=-1, help="for old launchers: accelerate knows it")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="the run's folder [out/fold<k>]")
@@ -390,7 +407,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(f"--output_dir {args.output_dir} is a file; expected a folder")
 
 
-def load_films(
+def encode_films(
     args: argparse.Namespace,
     accelerator: Accelerator,
     base: BaseModel,
@@ -700,13 +717,13 @@ def main(args: argparse.Namespace) -> int:
         training_rows = shuffle_captions(training_rows, args.seed)
 
     # Devices and precision
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of other machines, while the first encodes films
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of other machines, while the first encodes films
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=choose_mixed_precision(args.mixed_precision),
         log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=str(run_dir),
-        kwargs_handlers=[patient],
+        project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / args.logging_dir)),
+        kwargs_handlers=[timeout],
     )
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # whatever the environment says
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
@@ -818,7 +835,7 @@ def main(args: argparse.Namespace) -> int:
         require_space(run_dir, tensors_bytes * (checkpoints + 1), "checkpoints")
 
     # Latents, once for all folds, captions as tokens, and validation films with all that scoring them takes
-    stream, bank, latent_statistics = load_films(args, accelerator, base, rows, training_rows, validation_rows)
+    stream, bank, latent_statistics = encode_films(args, accelerator, base, rows, training_rows, validation_rows)
     empty_ids = tokenize(base.tokenizer, [""]).to(device)  # [1, L]
 
     # AdamW with decoupled weight decay, a rate each for UNet and text encoder, one schedule
@@ -876,7 +893,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             go_back_to(run_dir, state, args.checkpoints_total_limit)
         write_json(run_dir / "config.json", config)
-    accelerator.init_trackers(args.logging_dir if args.report_to == "tensorboard" else "chest-radiograph-lora")
+    accelerator.init_trackers("chest-radiograph-lora")
 
     # The decoder behind the latents, which stay what they are
     leave = LeaveRequest(accelerator.num_processes)
@@ -978,12 +995,12 @@ def main(args: argparse.Namespace) -> int:
         return loss.detach()
 
     batch_size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    if args.auto_batch_size and not (state is not None and state["finished"]):
+    stopped = state is not None and state["finished"]
+    if args.auto_batch_size and not stopped:
         films = batch_size * accumulation
         batch_size = fitting_batch_size(accelerator, live, bank.latents.shape[1:], films, batch_size)
         accelerator.gradient_accumulation_steps = accumulation = films // batch_size
         say(f"--auto_batch_size: {accumulation} micro-steps of {batch_size} films a step")
-    stopped = state is not None and state["finished"]
     if state is None or not state["validated"]:
         with leave.at_once():
             stopped = validate(first_step)

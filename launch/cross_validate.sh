@@ -23,7 +23,7 @@ fold() {
     $python "${train[@]:1}" --fold "$1" --train_data_dir "$data" --output_dir "$run" "${@:2}" || return
     if [ ! -e "$run/evaluation/metrics.json" ] || [ "$run/pytorch_lora_weights.safetensors" -nt "$run/evaluation/metrics.json" ] ||
         [ "$(cat "$flags" 2>/dev/null)" != "${EVALUATE:-}" ] ||
-        ! grep -q terms "$run/evaluation/metrics.json"; then # else of an earlier version, which the table refuses
+        ! grep -q '^  "training_films"' "$run/evaluation/metrics.json"; then # else of an earlier version, which the table refuses
         $python evaluate.py --lora "$run" ${EVALUATE:-} || return
         printf '%s' "${EVALUATE:-}" >"$flags"
     fi

@@ -60,13 +60,17 @@ def test_captions_assert_findings_and_what_their_words_say() -> None:
         {"text": "Chest radiograph. Left and right effusions; a leftover. Human. APPARENT."},
         {"text": "PA view of a man. No left effusion. Right nodule. AP diameter as before.", "view": "PA", "sex": "F"},
         {"text": "The AP diameter is large.", "view": "PA"},
+        {"text": "PA view of a man.", "view": "p.a.", "sex": "male"},
     ]
-    first, second, third, fourth, fifth = assertions(rows)
+    first, second, third, fourth, fifth, sixth = assertions(rows)
     assert first == {"effusion": True, "man, not woman": False, "AP, not PA": True, SIDE: True, AGE_LABEL: True}
     assert second == {"effusion": False, "man, not woman": True, "AP, not PA": False, AGE_LABEL: False}
     assert third == {}, "both sides are no side, and words within words none"
     assert fourth == {SIDE: False}, "what is denied is on no side, and what the table contradicts is not said"
     assert fifth == {}
+    assert sixth == {"man, not woman": True, "AP, not PA": False}, (
+        "tables of one's own write views and sexes as they like"
+    )
 
 
 def test_labels_need_films_and_patients_with_and_without() -> None:

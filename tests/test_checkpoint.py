@@ -193,10 +193,16 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
 def test_clearing_a_run_takes_only_what_a_run_writes(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / "notes.txt").write_text("mine")
+    save(tmp_path / "decoder", 2)
+    (tmp_path / "checkpoint-3.tmp").mkdir()
     (tmp_path / "log.jsonl").touch()
+    for name in ("notes.txt", "checkpoint-best/mine.bin", "checkpoint-500-mine/mine.bin", "checkpoint-500.zip"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
     clear_run(tmp_path, keep_decoder=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {"notes.txt", "checkpoint-best/mine.bin", "checkpoint-500-mine/mine.bin", "checkpoint-500.zip"}
+    assert all(path.read_text() == "mine" for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:

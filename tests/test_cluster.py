@@ -17,7 +17,7 @@ STUBS = {
     "python": """case "$*" in
         *doctor.py*) echo "python train_lora.py --train_batch_size 8" ;;
         train_lora.py*) mkdir -p out/fold3 && touch -a out/fold3/pytorch_lora_weights.safetensors; exit ${TRAINING:-0} ;;
-        evaluate.py*) mkdir -p out/fold3/evaluation && echo terms >out/fold3/evaluation/metrics.json ;;
+        evaluate.py*) mkdir -p out/fold3/evaluation && echo '  "training_films": 9' >out/fold3/evaluation/metrics.json ;;
     esac""",
     "accelerate": """echo "gloo $SLURM_NODEID ${GLOO_SOCKET_IFNAME:-}" >>calls.txt; trap 'touch told' TERM; touch "started$SLURM_NODEID"
         [ "$SLURM_NODEID" = "${FAILS:-}" ] || until [ -e told ] || [ -z "${WAITS:-}" ]; do sleep 0.05; done

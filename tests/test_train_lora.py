@@ -423,7 +423,11 @@ def test_drawing_samples_changes_no_weight_and_tells_the_tracker(
     assert all(torch.equal(blind[name], drawn[name]) for name in blind)
     names = [path.name for path in sorted((tmp_path / "drawn" / "samples").iterdir())]
     assert names == ["step-000000.png", "step-000002.png", "step-000004.png"]
-    assert list((tmp_path / "drawn" / "logs").rglob("events.*"))
+    (events,) = (tmp_path / "drawn" / "logs").rglob("events.*")
+    # Other trackers beside it, and a run begun anew, leave no second one
+    again = ("--report_to", "all", "--resume_from_checkpoint", "none", "--overwrite")
+    train(tiny_base, tiny_data, tmp_path / "drawn", *more, *again)
+    assert not events.exists() and len(list((tmp_path / "drawn" / "logs").rglob("events.*"))) == 1
 
 
 def test_the_moving_average_is_what_is_validated_and_kept(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -494,7 +498,7 @@ def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
         pytest.raises(Refused, match="checkpoints needs 0.00 GB in .*, where 0.00 GB"),
     ):
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-        patch.setattr(train_lora, "load_films", lambda *_: pytest.fail("films were encoded first"))
+        patch.setattr(train_lora, "encode_films", lambda *_: pytest.fail("films were encoded first"))
         train(tiny_base, tiny_data, tmp_path / "full", "--max_train_steps", "2")
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from utils.captions import VIEW_NAMES
 from utils.distances import weighted_auroc
+from utils.films import view_named
 from utils.folds import patient_of
+from utils.metadata import SEXES
 from utils.seeding import derive_seed
 
 LEAST_FILMS = 8  # with a label and as many without, among training films and among held-out ones
@@ -57,10 +59,12 @@ def assertions(rows: Sequence[dict]) -> list[dict[str, bool]]:
     for row in rows:
         told = {finding: finding in row["findings"] for finding in findings} if row.get("findings") is not None else {}
         affirmed = " ".join(part for part in SENTENCES.split(row["text"]) if not DENIED.search(part))
+        sex = str(row.get("sex") or "").strip().upper()
+        cells = {"view": view_named(row.get("view")), "sex": SEXES.get(sex, sex) or None}
         for label, (yes, no, column) in CONTRASTS.items():
             text = affirmed if label == SIDE else row["text"]
             words = bool(yes.search(text)), bool(no.search(text))
-            if sum(words) == 1 and (column is None or row.get(column[0]) in (None, "", column[1 if words[0] else 2])):
+            if sum(words) == 1 and (column is None or cells[column[0]] in (None, column[1 if words[0] else 2])):
                 told[label] = words[0]
         if years := AGE.search(row["text"]):
             told[AGE_LABEL] = int(years[1]) >= OLD
@@ -76,7 +80,10 @@ def views_of(rows: Sequence[dict], asserted: Sequence[dict[str, bool]]) -> list[
         asserted: of them, from `assertions`.
     """
     said = {True: "AP", False: "PA", None: None}
-    return [VIEW_NAMES.get(row.get("view"), said[told.get(VIEW)]) for row, told in zip(rows, asserted, strict=True)]
+    return [
+        VIEW_NAMES.get(view_named(row.get("view")), said[told.get(VIEW)])
+        for row, told in zip(rows, asserted, strict=True)
+    ]
 
 
 def is_finding(label: str) -> bool:

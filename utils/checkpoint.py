@@ -264,13 +264,18 @@ def forget_after(run: Path, step: int, validations: list[dict]) -> None:
         step: of the checkpoint that is gone on from.
         validations: its rows of them; one that a kill cut short is not among them and is made again.
     """
-    for later in checkpoint_steps(run):
-        if later > step:
-            delete_checkpoint(run / f"checkpoint-{later}")
-    for partial in run.glob("checkpoint-*.tmp"):
-        delete_checkpoint(partial)
+    delete_after(run, step)
     cut_back(run / "log.jsonl", step)
     write_jsonl(run / "validation.jsonl", validations)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints in a folder that are later than `step`, and unfinished ones."""
+    for later in checkpoint_steps(folder):
+        if later > step:
+            delete_checkpoint(folder / f"checkpoint-{later}")
+    for partial in folder.glob("checkpoint-*.tmp"):
+        delete_checkpoint(partial)
 
 
 def clear_run(run: Path, keep_decoder: bool) -> None:
@@ -278,14 +283,12 @@ def clear_run(run: Path, keep_decoder: bool) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if not is_run(run):
         return
-    for folder in run.glob("checkpoint-*/"):  # first: nothing may be gone on from whose records are gone
-        delete_checkpoint(folder)
+    delete_after(run, -1)  # first: nothing may be gone on from whose records are gone
     if not keep_decoder:
-        for folder in run.glob("decoder/checkpoint-*/"):
-            delete_checkpoint(folder)
+        delete_after(run / "decoder", -1)
         (run / DECODER_NAME).unlink(missing_ok=True)
         shutil.rmtree(run / "decoder", ignore_errors=True)
-    pictures = [*run.glob("samples/step-*.png"), *run.glob("logs/**/events.out.tfevents.*")]
+    pictures = [*run.glob("samples/step-*.png"), *run.rglob("events.out.tfevents.*")]
     records = ("log.jsonl", "validation.jsonl", "curves.png", "README.md", WEIGHTS_NAME, KOHYA_NAME, "config.json")
     for path in (*pictures, *(run / name for name in records)):
         path.unlink(missing_ok=True)
