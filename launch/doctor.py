@@ -262,13 +262,14 @@ def check_kernels() -> Iterator[Finding]:
     import torch
 
     from utils import hardware
+    from utils.runlog import precision_name
 
     precision = hardware.choose_mixed_precision(None)
     why = {"bf16": "this hardware computes in it", "fp16": "accelerate was told so", "no": "no hardware for bf16"}
     mend = None
     if hardware.is_cuda_used() and precision == "no":
         mend = "--mixed_precision fp16: this card has no bf16, and fp32 takes twice the time and memory"
-    yield Finding("precision", f"{'fp32' if precision == 'no' else precision} ({why[precision]})", mend)
+    yield Finding("precision", f"{precision_name(precision)} ({why[precision]})", mend)
     problem = hardware.xformers_problem()
     yield Finding("attention", f"PyTorch's SDPA; {problem or 'xformers would run, too'}")
     device = torch.device("cuda" if hardware.is_cuda_used() else "cpu")

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from utils.folds import with_folds
 from utils.images import load_film
 from utils.metadata import dataset_hash, read_metadata
-from utils.quality import QualityControl, nearest_of_others
+from utils.quality import QualityControl
 from utils.refusal import Refused
 
 DEMO = ROOT / "assets" / "demo"
@@ -82,12 +82,6 @@ def test_films_that_an_adapter_held_out_are_not_in_the_reference() -> None:
     reference = QualityControl(DEMO, 128, torch.device("cpu"), [{}, header])
     assert len(reference.real) == sum(row["fold"] != 1 for row in rows) < len(rows)
     assert reference.reference_sha256 != dataset_hash(rows)
-
-
-def test_the_nearest_film_of_the_same_patient_does_not_count() -> None:
-    features = torch.tensor([[0.0], [0.1], [5.0], [9.0]])
-    assert nearest_of_others(features, ["a", "a", "b", "c"]).tolist() == pytest.approx([5.0, 4.9, 4.0, 4.0], abs=0.11)
-    assert nearest_of_others(features, ["a"] * 4).isinf().all()
 
 
 def test_too_small_a_reference_is_refused_in_words(tmp_path: Path) -> None:

@@ -150,21 +150,12 @@ class Memorisation:
         interval: its 95 % interval over generated films and over real ones, within [0, 1].
         num_generated: films asked about.
         num_references: training films, and as many held-out films, that it was asked of.
-        nearest: index of the nearest of ALL training films, int64 [num_generated].
-        distances: to it, float64 [num_generated].
     """
 
     probability: float
     interval: tuple[float, float]
     num_generated: int
     num_references: int
-    nearest: Tensor
-    distances: Tensor
-
-    def closest_pairs(self, count: int) -> list[tuple[int, int]]:
-        """Return the pairs (generated, training film) of the smallest distances, nearest first: films to look at."""
-        order = self.distances.argsort(stable=True)[:count]
-        return list(zip(order.tolist(), self.nearest[order].tolist(), strict=True))
 
 
 def memorisation(
@@ -200,14 +191,11 @@ def memorisation(
     )
     probability = float(_share_nearer(to_train[0][:, 0], to_held_out[0][:, 0]).mean())
     error = _half_sample_error(to_train, to_held_out, size, chance)
-    distances, nearest = nearest_neighbours(generated, train)
     return Memorisation(
         probability=probability,
         interval=(max(0.0, probability - 1.96 * error), min(1.0, probability + 1.96 * error)),
         num_generated=len(generated),
         num_references=size,
-        nearest=nearest,
-        distances=distances,
     )
 
 

@@ -85,7 +85,6 @@ def fetch_file(
     address: str,
     path: Path,
     stop: threading.Event,
-    size: int | None = None,
     sha256: str | None = None,
     first_wait_s: float = FIRST_WAIT_S,
     is_film: bool = True,
@@ -95,8 +94,7 @@ def fetch_file(
     Args:
         path: its final name, which it gets when it is whole.
         stop: set it from another thread and the transfer ends with `Stopped` at the next block.
-        size: in bytes, where known beforehand; the server's Content-Length is checked in any case.
-        sha256: 64 hexadecimal digits, where known.
+        sha256: 64 hexadecimal digits, where known; the server's Content-Length is checked in any case.
         is_film: whether it may have as many bytes as a film at most.
 
     Raises:
@@ -106,7 +104,7 @@ def fetch_file(
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_retries(lambda: fetch_once(client, address, path, stop, size, sha256, is_film), address, stop, first_wait_s)
+    with_retries(lambda: fetch_once(client, address, path, stop, sha256, is_film), address, stop, first_wait_s)
 
 
 def with_retries(transfer, address: str, stop: threading.Event, first_wait_s=FIRST_WAIT_S, attempts=ATTEMPTS):
@@ -165,7 +163,6 @@ def fetch_once(
     address: str,
     path: Path,
     stop: threading.Event,
-    size: int | None,
     sha256: str | None,
     is_film: bool,
 ) -> None:
@@ -183,7 +180,7 @@ def fetch_once(
             if length - had < SLOWEST_BYTES_S * (now - since) and length != total:
                 raise TryAgain("too slow")
             since, had = now, length
-    check_whole(part, size, total, sha256)
+    check_whole(part, total, sha256)
     part.replace(path)
 
 
@@ -265,7 +262,7 @@ class Arriving:
             part, self.total = next(self.blocks)
         except StopIteration:
             self.blocks = None
-            check_whole(self.part, None, self.total, None)
+            check_whole(self.part, self.total, None)
             if self.md5 is not None and (found := md5_file(self.part)) != self.md5:
                 self.part.unlink()
                 raise Damaged(
@@ -332,14 +329,14 @@ def version_of(response: httpx.Response, total: int | None) -> str:
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:8]
 
 
-def check_whole(part: Path, size: int | None, total: int | None, sha256: str | None) -> None:
+def check_whole(part: Path, total: int | None, sha256: str | None) -> None:
     """Compare an unfinished download with what is known of the file; keep a short one, remove a wrong one."""
     length = part.stat().st_size
-    for expected in (size, total):
-        if expected is not None and length != expected:
-            if length > expected or length == total:
-                part.unlink()
-            raise TryAgain("transfer broken off" if length < expected else "wrong size")
+    if total is not None and length < total:
+        raise TryAgain("transfer broken off")
+    if total is not None and length > total:
+        part.unlink()
+        raise TryAgain("wrong size")
     if sha256 is not None and sha256_file(part) != sha256:
         part.unlink()
         raise TryAgain("wrong SHA-256")

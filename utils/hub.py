@@ -8,15 +8,16 @@ from huggingface_hub.errors import HTTPError
 
 from utils.card import public_config
 from utils.refusal import Refused
+from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 
 # HTTPError is that of the HTTP client which the library is built on, of late another one than ours
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 
 # Named one by one, so that nothing else in the folder, such as a picture with patients' films, ever goes along
 UPLOADED = [
-    "pytorch_lora_weights.safetensors",
-    "kohya_lora_weights.safetensors",
-    "vae_decoder.safetensors",
+    WEIGHTS_NAME,
+    KOHYA_NAME,
+    DECODER_NAME,
     "README.md",
     "log.jsonl",
     "validation.jsonl",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -58,7 +59,9 @@ class QualityControl:
         self.space = bundled_space(device)
         films = DataLoader(FilmDataset(reference, rows, resolution), 64)
         self.real = measure_films(self.space, films, len(rows))["features"]
-        self.radius = nearest_of_others(self.real, patients).quantile(FARTHEST).item()
+        _, whose = np.unique(patients, return_inverse=True)
+        others, _ = nearest_neighbours(self.real, self.real, torch.from_numpy(whose))
+        self.radius = others.quantile(FARTHEST).item()
 
     @torch.no_grad()
     def flags(self, picture: Tensor) -> list[str]:
@@ -82,12 +85,3 @@ class QualityControl:
             if nearest_neighbours(features, self.real)[0].item() > self.radius:
                 found.append("far from real films")
         return found
-
-
-def nearest_of_others(features: Tensor, patients: Sequence[str]) -> Tensor:
-    """Return the distance of each film to the nearest one of another patient, float64 [N]; infinite where there is none."""
-    distances = torch.cdist(features.double(), features.double())  # [N, N]
-    codes = {patient: code for code, patient in enumerate(dict.fromkeys(patients))}
-    whose = torch.tensor([codes[patient] for patient in patients])
-    distances[whose[:, None] == whose[None]] = torch.inf
-    return distances.amin(dim=1)

@@ -14,9 +14,8 @@ EVALUATION = Path("evaluation") / "metrics.json"
 LEAST_FILMS = 500  # generated, and real of training and held-out patients, one each, that it takes to pass
 HIGHEST_SHARE = 0.6  # that the upper end of an interval may reach to pass
 SHOWN_SHARE = 0.55  # a lower end beyond it is memorisation
-MOST_COPIES = (
-    3  # times the near copies that are expected: the same, an upper end up to it to pass, a lower end beyond it
-)
+# Times the near copies that are expected: an upper end up to it passes, a lower end beyond it is memorisation
+MOST_NEAR_COPIES = 3
 FEWEST = 20  # real films of either side, below which not even that is said: one odd film may be nearest to all others
 LEAST_STEPS = 10  # of the solver: films of fewer are no sign of what the adapter draws
 TOO_FEW, PASSED, FAILED, UNDECIDED = "too few films to say", "passed", "it memorises", "memorisation is not ruled out"
@@ -42,11 +41,11 @@ def verdict(
     lows, highs = zip(*(of["interval"] for of in spaces), strict=True)
     times = [[end / of["near_copies_expected"] for end in of["near_copies_interval"]] for of in spaces]
     fewest, most = (max(ends) for ends in zip(*times, strict=True))
-    if copies or ((max(lows) > SHOWN_SHARE or fewest > MOST_COPIES) and num_references >= FEWEST):
+    if copies or ((max(lows) > SHOWN_SHARE or fewest > MOST_NEAR_COPIES) and num_references >= FEWEST):
         return FAILED
     if num_references < LEAST_FILMS:
         return TOO_FEW if num_patients < LEAST_FILMS else UNDECIDED
-    passes = max(highs) <= HIGHEST_SHARE and most <= MOST_COPIES and not num_unmeasured
+    passes = max(highs) <= HIGHEST_SHARE and most <= MOST_NEAR_COPIES and not num_unmeasured
     return PASSED if passes else UNDECIDED
 
 
@@ -106,7 +105,7 @@ def in_words(audit: dict | None) -> str:
         f"films than 99 % of held-out films are, also for how far they are from other held-out films: {copies}; up to {expected:.1%} is "
         f"expected. {audit['copies']} are a training film itself: correlated with it beyond 0.99 and more than any held-out film is. "
         f"To pass takes {LEAST_FILMS} patients each, upper ends of the share up to {HIGHEST_SHARE} and of near copies up to "
-        f"{MOST_COPIES} times those expected; one copy, a lower end beyond {SHOWN_SHARE}, or beyond {MOST_COPIES} times those expected, is memorisation.{unmeasured}{_captions_in_words(audit.get('captions'))}"
+        f"{MOST_NEAR_COPIES} times those expected; one copy, a lower end beyond {SHOWN_SHARE}, or beyond {MOST_NEAR_COPIES} times those expected, is memorisation.{unmeasured}{_captions_in_words(audit.get('captions'))}"
     )
 
 

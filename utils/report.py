@@ -1,4 +1,4 @@
-"""Pictures of a run: contact sheets of films, curves of training. No torch."""
+"""Pictures, tables and HTML of runs and evaluations. No torch."""
 
 import base64
 import html
@@ -6,12 +6,16 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import write_bytes
 from utils.runlog import precision_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 4  # pixels between films
 LINE = 16  # height of a line of text in pixels
@@ -107,6 +111,13 @@ def save_png(path: Path, image: Image.Image) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure of matplotlib's as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    write_bytes(path, buffer.getvalue())
+
+
 def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) -> None:
     """Draw a run as four curves: loss, SSIM between its bounds, change of the error by noise level, gradient and rate.
 
@@ -115,11 +126,9 @@ def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) 
         steps: rows of `log.jsonl`, possibly none yet.
         validations: rows of `validation.jsonl`; the first holds the bounds.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, ssim, error, gradient = figure.subplots(2, 2).ravel()
 
     numbers = [row["step"] for row in steps]
@@ -155,9 +164,7 @@ def draw_curves(path: Path, steps: Sequence[dict], validations: Sequence[dict]) 
     gradient.set(title="Gradient norm (left) and learning rate (right)", xlabel="step")
     gradient.legend(handles=lines, fontsize=8, loc="lower center")
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    write_bytes(path, buffer.getvalue())
+    save_figure(path, figure)
 
 
 def draw_noise_levels(path: Path, metrics: dict) -> None:
@@ -167,11 +174,9 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
         path: of the PNG.
         metrics: content of `metrics.json`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     error, ssim = figure.subplots(1, 2)
     levels, strengths = metrics["noise_prediction_mse"], metrics["rebuilt"]
     for model, label in (("adapter", "adapter"), ("base", "base without LoRA")):
@@ -187,9 +192,7 @@ def draw_noise_levels(path: Path, metrics: dict) -> None:
         ssim.axhline(metrics["bounds"]["ssim"][name]["mean"], linestyle="--", color=style[0], linewidth=1, label=label)
     ssim.set(title="SSIM of rebuilt films, 95 % by patient", xlabel="strength (share of the noise schedule)")
     ssim.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    write_bytes(path, buffer.getvalue())
+    save_figure(path, figure)
 
 
 def draw_folds(path: Path, summary: dict, strength: float) -> None:
@@ -200,12 +203,10 @@ def draw_folds(path: Path, summary: dict, strength: float) -> None:
         summary: content of `summary.json`.
         strength: that films were rebuilt from.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     labels = summary["alignment"].get("labels", {})
     figure = Figure(figsize=(12, max(4, 1 + 0.45 * len(labels))), layout="constrained")
-    FigureCanvasAgg(figure)
     ssim, auroc = figure.subplots(1, 2) if labels else (figure.subplots(), None)
     places = np.arange(len(summary["folds"]))
     for name, label, style in (
@@ -234,9 +235,7 @@ def draw_folds(path: Path, summary: dict, strength: float) -> None:
         auroc.set_yticklabels(list(reversed(labels)))
         auroc.axvline(0.5, color="0.5", linewidth=0.8)
         auroc.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    write_bytes(path, buffer.getvalue())
+    save_figure(path, figure)
 
 
 def with_interval(stat: dict | None, digits: int) -> str:
