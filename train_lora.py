@@ -487,7 +487,8 @@ def choose_kernels(
         use_frozen_products(unet, text_encoder)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if args.text_encoder_rank:  # without adapters it would learn nothing, at the price of a backward pass
+            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         if problem := xformers_problem():
             warn_about_xformers(problem)
@@ -629,7 +630,7 @@ def draw_samples(live: BaseModel, args: argparse.Namespace, accelerator: Acceler
     films = torch.zeros(len(wanted), args.resolution, args.resolution, dtype=torch.int32, device=accelerator.device)
     drawn = sample(
         assemble(live), [wanted[i][0] for i in share], [wanted[i][1] for i in share], args.resolution,
-        num_inference_steps=25, guidance_scale=4.0, batch_size=min(len(wanted), 16),
+        num_inference_steps=25, guidance_scale=4.0, batch_size=min(math.ceil(len(wanted) / accelerator.num_processes), 16),
     )  # fmt: skip
     for i, film in zip(share, drawn, strict=True):
         films[i] = film
@@ -717,7 +718,7 @@ def main(args: argparse.Namespace) -> int:
         training_rows = shuffle_captions(training_rows, args.seed)
 
     # Devices and precision
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of other machines, while the first encodes films
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=1))  # of other machines, while the first encodes films
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=choose_mixed_precision(args.mixed_precision),
@@ -751,7 +752,7 @@ def main(args: argparse.Namespace) -> int:
     films_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_an_epoch = math.ceil(len(training_rows) / films_a_step)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_an_epoch
-    text_encoder_steps = round(args.train_text_encoder_frac * max_train_steps)
+    text_encoder_steps = round(args.train_text_encoder_frac * max_train_steps) if args.text_encoder_rank else 0
     validation_steps = (
         args.validation_steps
         or (args.validation_epochs and args.validation_epochs * steps_an_epoch)

@@ -86,6 +86,12 @@ def main(args: argparse.Namespace) -> int:
         for why in check_cards(cards):
             if why.fatal:
                 raise Refused(f"{why.found}; {why.mend}; or train on the CPU: ACCELERATE_USE_CPU=true")
+        is_finished = args.run and (args.run / "README.md").is_file()
+        if begun == "bf16" and not all(card.bf16 for card in cards) and not is_finished:
+            raise Refused(
+                f"{args.run} began in bf16, which {cards[0].name} has no hardware for (attention would take many times the "
+                "memory): go on with it on an L4 or A100, or begin another (--output_dir; in fp16 runs go on on any GPU)"
+            )
         print(training_command(cards, begun, not args.no_launcher))
         return 0
     print(Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
@@ -264,7 +270,9 @@ def check_kernels() -> Iterator[Finding]:
     from utils import hardware
     from utils.runlog import precision_name
 
-    precision = hardware.choose_mixed_precision(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the screen says it
+        precision = hardware.choose_mixed_precision(None)
     why = {"bf16": "this hardware computes in it", "fp16": "accelerate was told so", "no": "no hardware for bf16"}
     mend = None
     if hardware.is_cuda_used() and precision == "no":

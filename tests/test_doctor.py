@@ -54,6 +54,17 @@ def test_without_a_launcher_one_card_trains_the_same(cards: list[Card], precisio
     assert training_command(cards, "bf16", launcher=False).count("--mixed_precision") == 1
 
 
+def test_a_run_in_bf16_is_not_sent_to_a_card_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(doctor, "find_cards", lambda: [T4])
+    monkeypatch.setattr(doctor, "check_cards", lambda cards: [])
+    (tmp_path / "config.json").write_text('{"settings": {"mixed_precision": "bf16"}}')
+    args = doctor.parse_args(["--command", "--run", str(tmp_path)])
+    with pytest.raises(Refused, match="began in bf16, which Tesla T4 has no hardware for"):
+        doctor.main(args)
+    (tmp_path / "README.md").touch()  # it is finished, and training says so
+    assert doctor.main(args) == 0 and "--mixed_precision bf16" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_in_its_precision_on_a_card_of_another_kind(tmp_path: Path) -> None:
     args = ["--command", "--run", str(tmp_path)]
     assert doctor.begun_precision(doctor.parse_args(args).run) is None

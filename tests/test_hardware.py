@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from multiprocessing.queues import SimpleQueue
 
 import pytest
@@ -36,6 +37,15 @@ def test_precision_is_the_flag_then_accelerates_then_the_hardwares(
     if told:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     assert hardware.choose_mixed_precision(flag) == expected
+
+
+@pytest.mark.parametrize(("flag", "warning"), [(None, "fp32 takes twice"), ("bf16", "bf16 is slow"), ("fp16", None)])
+def test_a_gpu_without_bf16_is_told_of(flag: str | None, warning: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    with pytest.warns(UserWarning, match=f"{warning}.*--mixed_precision fp16") if warning else nullcontext():
+        assert hardware.choose_mixed_precision(flag) == (flag or "no")
 
 
 def test_fp16_is_refused_without_cuda_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:

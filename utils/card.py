@@ -37,10 +37,13 @@ decision.**
 LoRA adapters on the UNet (rank {rank}) and the text encoder (rank {text_encoder_rank}) of `{base}`, {resolution} px.
 
 ```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{base}", safety_checker=None)  # it knows photographs only
+pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 pipeline.load_lora_weights("pytorch_lora_weights.safetensors")
 ```
+
+The samples are drawn with 25 steps and `guidance_scale=4`.
 
 {schedule}{decoder}## Data
 

@@ -7,15 +7,20 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from utils.files import canonical_json, write_bytes
+from utils.linear import FrozenLinear
+from utils.lora import FusedLinear
 from utils.pipeline import assemble, load_base
 from utils.refusal import Refused
 from utils.release import HEADER_KEY
 
+PLAIN_TYPES = {FusedLinear: Linear, FrozenLinear: nn.Linear}
 STABLE_DIFFUSIONS = {768: "v1", 1024: "v2"}  # by the width of the text that the UNet attends to
 TOLERANCE = 1e-4  # of the adapter's effect on an output, or of a tenth of the output where that is more
 
@@ -138,6 +143,15 @@ def _plain(model: nn.Module) -> nn.Module:
     on_cpu = {id(tensor): nn.Parameter(tensor.detach().cpu(), requires_grad=False) for tensor in tensors}
     plain = copy.deepcopy(model, on_cpu).float()  # never twice on the device; what compiled it is not copied
     plain.__dict__.pop("forward", None)  # accelerate's, which computes in its own precision
+    # By the same operations as what is loaded: in other orders and layouts a deep network rounds by more than a fault weighs
+    plain.to(memory_format=torch.contiguous_format)
+    for module in plain.modules():
+        if type(module) in PLAIN_TYPES:
+            module.__class__ = PLAIN_TYPES[type(module)]
+        if isinstance(module, LoraLayer):  # in the file alpha is folded into B
+            for name, b in module.lora_B.items():
+                b.weight = nn.Parameter(b.weight * module.scaling[name], requires_grad=False)  # the model's stays
+                module.scaling[name] = 1.0
     if isinstance(plain, UNet2DConditionModel):
         plain.disable_xformers_memory_efficient_attention()
     return plain

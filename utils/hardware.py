@@ -42,7 +42,16 @@ def choose_mixed_precision(flag: str | None) -> str:
             "--mixed_precision fp16 needs a CUDA device and none is used here; use bf16 or no (a run that began in fp16 "
             "goes on on a CUDA device only)"
         )
-    return flag or ("bf16" if has_native_bf16() else "no")
+    precision = flag or ("bf16" if has_native_bf16() else "no")
+    if is_cuda_used() and not has_native_bf16() and (precision == "bf16" or not flag):
+        costs = {
+            "bf16": "bf16 is slow on it and attention takes many times the memory",
+            "no": "fp32 takes twice the memory",
+        }
+        warnings.warn(
+            f"this GPU has no hardware for bf16, and {costs[precision]}: take --mixed_precision fp16", stacklevel=1
+        )
+    return precision
 
 
 def is_cuda_used() -> bool:
