@@ -912,12 +912,12 @@ def main(args: argparse.Namespace) -> int:
         # Its batches are of other sizes than training's, for which nothing should be compiled
         uncompiled = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
         with uncompiled, eval_mode(live_unet, live_text_encoder), averaged(ema, lora_parameters):
-            scores = score_model(
-                bank, live_unet, live_text_encoder, vae, noise_scheduler, args.validation_batch_size, share
-            )
+            # One strength: the others, which evaluate.py has, would double what validation costs
+            asked = dict(batch_size=args.validation_batch_size, indices=share, strengths=(HEADLINE,))
+            scores = score_model(bank, live_unet, live_text_encoder, vae, noise_scheduler, **asked)
             if step == 0:
                 mean = mean_film(data_dir, training_rows, args.resolution, args.seed, args.image_interpolation_mode)
-                scores |= score_bounds(bank, vae, noise_scheduler, mean, args.validation_batch_size, share)
+                scores |= score_bounds(bank, vae, noise_scheduler, mean, **asked)
             scores = {name: accelerator.reduce(values.to(device), "sum").cpu() for name, values in scores.items()}
             if not all(values.isfinite().all() for values in scores.values()):
                 raise Refused(

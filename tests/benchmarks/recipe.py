@@ -32,7 +32,7 @@ from utils.metadata import read_metadata
 from utils.pipeline import ROOT, BaseModel, load_base
 from utils.refusal import ArgumentParser, run
 from utils.tokens import tokenize
-from utils.validation import FilmBank, eval_mode, film_bank, score_model, summarise
+from utils.validation import HEADLINE, FilmBank, eval_mode, film_bank, score_model, summarise
 
 VARIANTS = {
     "reference": ("--snr_gamma", "5"),
@@ -130,7 +130,9 @@ def score(base: BaseModel, adapters: dict[str, torch.Tensor], bank: FilmBank) ->
         for name, tensor in trainable_tensors(unet=base.unet, text_encoder=base.text_encoder).items():
             tensor.copy_(adapters[name])
     with eval_mode(base.unet, base.text_encoder):
-        scores = score_model(bank, base.unet, base.text_encoder, base.vae, base.noise_scheduler, 16)
+        scores = score_model(
+            bank, base.unet, base.text_encoder, base.vae, base.noise_scheduler, 16, strengths=(HEADLINE,)
+        )
     return {name: value for name, value in summarise(scores).items() if name in METRICS}
 
 
