@@ -187,9 +187,8 @@ def load_image(path: Path) -> Image.Image:
         raise UnusableFilm("too large")
     if min(width, height) < MIN_SIDE_PX:
         raise UnusableFilm(f"smaller than {MIN_SIDE_PX} px")
-    if depth == 16 and not image.mode.startswith(
-        "I"
-    ):  # Pillow keeps the upper 8: of a film of 12 bits next to nothing
+    if depth == 16 and not image.mode.startswith("I"):
+        # Pillow keeps the upper 8 bits, of a film of 12 next to nothing
         raise UnusableFilm("16 bits a channel, but not grey")
     return image
 
