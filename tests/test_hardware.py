@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 from multiprocessing.queues import SimpleQueue
 
 import pytest
@@ -44,8 +43,11 @@ def test_a_gpu_without_bf16_is_told_of(flag: str | None, warning: str | None, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    with pytest.warns(UserWarning, match=f"{warning}.*--mixed_precision fp16") if warning else nullcontext():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert hardware.choose_mixed_precision(flag) == (flag or "no")
+    said = [str(each.message) for each in caught]
+    assert (warning in said[0] and "--mixed_precision fp16" in said[0]) if warning else not said
 
 
 def test_fp16_is_refused_without_cuda_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:

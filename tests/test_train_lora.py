@@ -27,7 +27,7 @@ from utils.folds import split_fold
 from utils.hardware import choose_adamw
 from utils.lora import adapter_state, read_adapter
 from utils.metadata import read_metadata
-from utils.pipeline import STABLE_DIFFUSION
+from utils.pipeline import STABLE_DIFFUSION, load_base
 from utils.refusal import Refused
 from utils.release import DECODER_NAME, KOHYA_NAME, WEIGHTS_NAME
 from utils.runlog import read_config, read_split
@@ -409,6 +409,16 @@ def test_shuffled_captions_are_learnt_and_true_ones_validate(tiny_base: Path, ti
     assert "A control" not in (tmp_path / "true" / "README.md").read_text()
     with pytest.raises(Refused, match="--shuffle_captions with --push_to_hub"):
         train(tiny_base, tiny_data, tmp_path / "shuffled", "--shuffle_captions", "--push_to_hub")
+
+
+def test_no_backward_pass_goes_through_a_text_encoder_without_adapters(tiny_base: Path) -> None:
+    """transformers makes what goes into checkpointed layers require gradients, whether or not any layer learns."""
+    base = load_base(str(tiny_base))
+    base.text_encoder.requires_grad_(False)
+    args = train_lora.parse_args(["--gradient_checkpointing", "--text_encoder_rank", "0"])
+    train_lora.choose_kernels(args, base.unet, base.text_encoder, torch.device("cpu"), 1)
+    hidden_states = base.text_encoder.train()(torch.ones(1, 77, dtype=torch.int64))[0]
+    assert not hidden_states.requires_grad
 
 
 def test_drawing_samples_changes_no_weight_and_tells_the_tracker(
