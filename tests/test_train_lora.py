@@ -493,7 +493,7 @@ def test_a_batch_that_does_not_fit_is_split_into_micro_steps(
 def test_too_large_a_batch_and_a_full_disk_are_told_in_a_line(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(*_):
+    def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     with monkeypatch.context() as patch, pytest.raises(Refused, match="--auto_batch_size"):
