@@ -6,6 +6,7 @@
 # break, run it again. PYTHON names the interpreter, 3.11 or newer, that .venv is made with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # some images set it: every stage would compile thousands of modules anew, 24 s each time
 out=out/quickstart
 run=$out/fold0
 adapter=$run/pytorch_lora_weights.safetensors

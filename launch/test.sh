@@ -6,6 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# What is compiled is kept, whatever the shell says: some images forbid it, and then every import compiles all anew
+unset PYTHONDONTWRITEBYTECODE
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 # Compiling 17,000 modules takes longer than to unpack them; most are never imported
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
