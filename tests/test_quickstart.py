@@ -16,6 +16,7 @@ from utils.refusal import run
 STAGES = ["set-up", "films", "training", "films by the base", "films by the adapter", "evaluation", "report"]
 # Writes what the real command writes last, and says on stdout what was asked for
 STUB = """#!/usr/bin/env bash
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || exit 1 # every stage would compile the libraries anew
 case "$*" in
     "-m pip --version" | "-m pip install"*) ;;
     download.py*) mkdir -p out/quickstart/data && touch out/quickstart/data/dataset.json ;;
@@ -56,7 +57,7 @@ def quickstart(checkout: Path, **environment: str) -> tuple[int, list[str], str]
 
 
 def test_a_finished_quickstart_does_nothing_again(checkout: Path) -> None:
-    assert quickstart(checkout)[:2] == (0, STAGES)
+    assert quickstart(checkout, PYTHONDONTWRITEBYTECODE="1")[:2] == (0, STAGES)
     assert quickstart(checkout)[:2] == (0, [])
     (checkout / "out/quickstart/images/base/contact_sheet.png").unlink()
     assert quickstart(checkout)[:2] == (0, ["films by the base"])
