@@ -7,7 +7,7 @@ import torch
 
 from utils.features import FINDING_LABELS, Extracted
 from utils.findings import (
-    Prompt,
+    FindingPrompt,
     calibrate,
     choose_prompts,
     follow_rates,
@@ -93,8 +93,8 @@ def test_prompts_name_one_finding_and_are_shared_out_evenly() -> None:
 
 
 def test_chance_is_what_is_read_unasked() -> None:
-    def prompt(label: str) -> Prompt:
-        return Prompt(f"caption of {label}", "pleural effusion" if "effusion" in label else label, label, 0)
+    def prompt(label: str) -> FindingPrompt:
+        return FindingPrompt(f"caption of {label}", "pleural effusion" if "effusion" in label else label, label, 0)
 
     prompts = [prompt(LEFT), prompt(LEFT), prompt(RIGHT), prompt("cardiomegaly")]
     read = reading({LEFT: 0.9}, {}, {LEFT: 0.9}, {RIGHT: 0.9, "cardiomegaly": 0.9})

@@ -18,7 +18,7 @@ from utils.features import FINDING_LABELS, Extracted, finding_label
 
 
 @dataclass(frozen=True)
-class Prompt:
+class FindingPrompt:
     """A caption that names one finding: what a film generated from it is read for.
 
     Attributes:
@@ -50,17 +50,17 @@ def shown_labels(row: dict) -> set[str]:
     return {finding_label(box["finding"], box["side"]) for box in row["boxes"]}
 
 
-def single_findings(rows: Sequence[dict]) -> list[Prompt]:
+def single_findings(rows: Sequence[dict]) -> list[FindingPrompt]:
     """Return the captions of the films that show exactly one finding, in the order of the table."""
     return [
-        Prompt(row["text"], box["finding"], finding_label(box["finding"], box["side"]), place)
+        FindingPrompt(row["text"], box["finding"], finding_label(box["finding"], box["side"]), place)
         for place, row in enumerate(rows)
         if len(row["boxes"]) == 1
         for box in row["boxes"]
     ]
 
 
-def choose_prompts(candidates: Sequence[Prompt], count: int) -> list[Prompt]:
+def choose_prompts(candidates: Sequence[FindingPrompt], count: int) -> list[FindingPrompt]:
     """Return at least `count` prompts, equally many a label; captions repeat, in turn, where there are too few."""
     by_label = {}
     for prompt in candidates:
@@ -115,7 +115,7 @@ def shows(read: Extracted, label: str, thresholds: dict[str, float]) -> Tensor:
     return found if opposite is None else found & (read.finding(label) > read.finding(opposite))
 
 
-def follow_rates(read: Extracted, prompts: Sequence[Prompt], thresholds: dict[str, float]) -> dict[str, dict]:
+def follow_rates(read: Extracted, prompts: Sequence[FindingPrompt], thresholds: dict[str, float]) -> dict[str, dict]:
     """Return how many films show what they were prompted with, and how many show it unasked.
 
     Args:
