@@ -45,14 +45,13 @@ from utils.films import UnusableFilm
 from utils.hardware import (
     allow_tf32,
     choose_mixed_precision,
-    compile_blocks,
     compile_problem,
     explain_out_of_memory,
     keep_freed_memory,
-    replay_predictions,
     use_all_cores,
 )
 from utils.images import grey_levels, load_film
+from utils.kernels import compile_blocks, replay_predictions
 from utils.linear import use_frozen_products
 from utils.lora import find_adapter, read_adapter
 from utils.metadata import read_metadata

@@ -76,22 +76,20 @@ from utils.files import (
 from utils.folds import draw_rows, shuffle_captions, split_fold, with_folds
 from utils.hardware import (
     allow_tf32,
-    capture_graph,
     choose_adamw,
     choose_mixed_precision,
-    compile_blocks,
     compile_problem,
     count_local_processes,
     explain_out_of_memory,
     keep_freed_memory,
     largest_batch_size,
-    leave_out_cudnn_attention,
     use_all_cores,
     warn_about_xformers,
     xformers_problem,
 )
 from utils.hub import push
 from utils.interrupt import LeaveRequest, explain_lost_process
+from utils.kernels import capture_graph, compile_blocks, leave_out_cudnn_attention
 from utils.latents import (
     FilmDataset,
     TrainingStream,

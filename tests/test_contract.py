@@ -22,10 +22,10 @@ LAYERS = {
         "archives", "captions", "card", "check", "dicom", "hub", "early_stopping", "fetch", "files", "films", "folds", "journal", "metadata", "mirror", "overview", "pages", "prompts", "provenance", "pseudonyms", "quiet", "transfer",
         "refusal", "release", "report", "reports", "runlog", "secondary_capture", "seeding", "subgroups", "webpage",
     },
-    1: {"alignment", "audit", "boxes", "diffusion", "distances", "images", "interrupt", "linear", "metrics", "realism", "unfinished"},
-    2: {"checkpoint", "cross_validation", "decoder", "encoders", "export", "features", "figures", "findings", "hardware", "latents", "lora", "pipeline", "quality", "tokens", "validation"},
+    1: {"alignment", "audit", "boxes", "diffusion", "distances", "hardware", "images", "interrupt", "linear", "metrics", "realism", "unfinished"},
+    2: {"checkpoint", "cross_validation", "decoder", "encoders", "export", "features", "figures", "findings", "kernels", "latents", "lora", "pipeline", "quality", "tokens", "validation"},
 }  # fmt: skip
-ALLOWED = {0: set(), 1: {"torch", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
+ALLOWED = {0: set(), 1: {"torch", "accelerate", "torchmetrics", "xformers", "bitsandbytes"}, 2: HEAVY}
 MODULES = sorted(path for path in (ROOT / "utils").rglob("*.py") if path.name != "__init__.py")
 
 

@@ -12,9 +12,10 @@ import generate
 import train_lora
 from tests.conftest import HANG_S
 from tests.training import flags, kill, read, start, train, wait_for_checkpoint
-from utils import hardware
+from utils import kernels
 from utils.checkpoint import load_checkpoint
-from utils.hardware import CUDNN_LEAST, SDPA_KERNELS, capture_graph, xformers_problem
+from utils.hardware import xformers_problem
+from utils.kernels import CUDNN_LEAST, SDPA_KERNELS, capture_graph
 from utils.provenance import read_png
 from utils.release import WEIGHTS_NAME
 
@@ -141,7 +142,7 @@ def test_replayed_images_are_those_launched(
         recorded.append(name)
         return capture_graph(*args)
 
-    monkeypatch.setattr(hardware, "capture_graph", watched)
+    monkeypatch.setattr(kernels, "capture_graph", watched)
     for name, more in (("launched", ("--no_cuda_graph",)), ("replayed", ())):
         words = [
             "--pretrained_model_name_or_path",

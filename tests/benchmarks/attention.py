@@ -4,7 +4,7 @@
 
 In bf16, at the shapes of Stable Diffusion 1.5 at 512 px and 16 films a step: tokens of queries and of keys, eight heads.
 Times are medians of events. Then two films' scores of -7,200 / sqrt(width) and less: kernels of cuDNN that pad a tile
-of tokens have gradients that are not finite there (`utils.hardware.leave_out_cudnn_attention`).
+of tokens have gradients that are not finite there (`utils.kernels.leave_out_cudnn_attention`).
 
 The bar: where `FullTilesAttnProcessor` lets cuDNN's kernels serve, and wherever others do, all gradients are finite.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.hardware import CUDNN_LEAST, CUDNN_TILE
+from utils.kernels import CUDNN_LEAST, CUDNN_TILE
 from utils.refusal import ArgumentParser, Refused, run
 
 KERNELS = {

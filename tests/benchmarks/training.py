@@ -57,13 +57,11 @@ from utils.diffusion import min_snr_weights
 from utils.files import read_jsonl
 from utils.folds import split_fold, with_folds
 from utils.hardware import (
-    capture_graph,
-    compile_blocks,
     has_native_bf16,
     keep_freed_memory,
-    leave_out_cudnn_attention,
     use_all_cores,
 )
+from utils.kernels import capture_graph, compile_blocks, leave_out_cudnn_attention
 from utils.latents import Posteriors, TrainingStream, cache_posteriors, checksum_of, deal_positions, prefetch
 from utils.linear import use_frozen_products
 from utils.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, FusedLinear, add_lora
