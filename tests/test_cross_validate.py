@@ -102,6 +102,7 @@ def test_what_runs_on_the_gpus_leaves_before_the_script_does(checkout: Path, num
     process = subprocess.Popen(
         ["bash", checkout / "launch" / "cross_validate.sh"], cwd="/", env={**os.environ, "GPUS": "2", "SLOW": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup's ignoring of it is inherited
     )  # fmt: skip
     calls = checkout / "calls.txt"
 
