@@ -92,7 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         def _get_help_string(self, action: argparse.Action) -> str:
             return action.help if action.default is None else super()._get_help_string(action)
 
-    parser = ArgumentParser(description=__doc__, formatter_class=Formatter)
+    usage = "python download.py [FLAG ...]"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("what to fetch")
     group.add_argument("--source", default=demo.NAME, help="name of the set, see --list_sources")
     group.add_argument("--mirror", help="http(s) address or local folder that holds the set; of hf OWNER/NAME")

@@ -150,7 +150,8 @@ MOST_PAIRS = 64  # of captions with and without findings
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "python evaluate.py [FLAG ...]"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("what").add_argument
     add("--lora", type=Path, metavar="RUN", help="folder of a training run, such as out/fold2")

@@ -105,7 +105,8 @@ VERSIONS = ("torch", "diffusers", "transformers", "peft")  # that pixels may dep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "python generate.py [FLAG ...]"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], help="text of a film; repeat for more")

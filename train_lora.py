@@ -163,7 +163,8 @@ FREE_SETTINGS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line: the flags of diffusers' train_text_to_image_lora.py, and ours."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "accelerate launch train_lora.py [FLAG ...]"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default="data", help="folder of images and metadata.jsonl, from download.py [data]")

@@ -88,7 +88,8 @@ def test_help_teaches(script: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).parse_args(["--help"])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
+    usage, _, text = capsys.readouterr().out.partition("\n\n")
+    assert "\n" not in usage, "seventy flags before the first word of what they are for"
     assert f"python {script}.py" in text or f"launch {script}.py" in text
     assert "--seed" in text
     actions = re.findall(r"^  --\w+.*(?:\n {10,}\S.*)*", text, re.MULTILINE)
