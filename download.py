@@ -86,51 +86,40 @@ COLUMN_FLAGS = ("image_column", "caption_column", "patient_column", "split")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Says the defaults that there are and keeps the lines of the description."""
-
-        def _get_help_string(self, action: argparse.Action) -> str:
-            return action.help if action.default is None else super()._get_help_string(action)
-
     usage = "python download.py [FLAG ...]"
-    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=Formatter)
-    group = parser.add_argument_group("what to fetch")
-    group.add_argument("--source", default=demo.NAME, help="name of the set, see --list_sources")
-    group.add_argument("--mirror", help="http(s) address or local folder that holds the set; of hf OWNER/NAME")
-    group.add_argument("--limit", type=int, help="look at the first N films of the table only")
-    group.add_argument(
-        "--view", choices=("frontal", "all"), help="frontal leaves out lateral films (default: frontal)"
+    parser = ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to fetch").add_argument
+    add("--source", metavar="NAME", default=demo.NAME, help=f"of the set, see --list_sources [{demo.NAME}]")
+    add("--mirror", metavar="PLACE", help="http(s) address or local folder that holds the set; of hf OWNER/NAME")
+    add("--limit", type=int, metavar="N", help="look at the first N films of the table only")
+    add("--view", choices=("frontal", "all"), help="frontal leaves out lateral films [frontal]")
+    add("--max_films_per_patient", type=int, metavar="N", help="take the first N films of each patient only")
+    add("--accept_license", action="store_true", help="agree to terms that restrict what you may do")
+    add = parser.add_argument_group("where the table of --source folder, dicom or hf has other names").add_argument
+    add("--image_column", metavar="NAME", help="has the film, or its file name")
+    add("--caption_column", metavar="NAME", help="has the caption, or the report")
+    add("--patient_column", metavar="NAME", help="has what tells patients apart")
+    add("--split", metavar="NAME", help="part of a Hugging Face data set [train]")
+    add = parser.add_argument_group("what to make of it").add_argument
+    add("--resolution", type=int, metavar="PX", help="side of the squares, a multiple of 8 [512; demo: 128]")
+    add("--num_folds", type=int, help="parts that patients are dealt out to [5]")
+    add("--seed", type=int, help="decides which patient is in which fold [0]")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--output_dir", type=Path, metavar="DIR", default=Path("data"), help="folder of the finished set [data]")
+    add(
+        "--cache_dir", type=Path, metavar="DIR", default=Path("cache"), help="folder of raw downloads, journal [cache]"
     )
-    group.add_argument("--max_films_per_patient", type=int, help="take the first N films of each patient only")
-    group.add_argument("--accept_license", action="store_true", help="agree to terms that restrict what you may do")
-    group = parser.add_argument_group("where the table of --source folder, dicom or hf has other names")
-    group.add_argument("--image_column", help="has the film, or its file name")
-    group.add_argument("--caption_column", help="has the caption, or the report")
-    group.add_argument("--patient_column", help="has what tells patients apart")
-    group.add_argument("--split", help="part of a Hugging Face data set (default: train)")
-    group = parser.add_argument_group("what to make of it")
-    group.add_argument(
-        "--resolution", type=int, help="side of the squares in pixels, a multiple of 8 (default: 512; demo: 128)"
-    )
-    group.add_argument("--num_folds", type=int, help="parts that patients are dealt out to (default: 5)")
-    group.add_argument("--seed", type=int, help="decides which patient is in which fold (default: 0)")
-    group = parser.add_argument_group("where and how")
-    group.add_argument("--output_dir", type=Path, default=Path("data"), help="folder of the finished set")
-    group.add_argument("--cache_dir", type=Path, default=Path("cache"), help="folder of raw downloads and the journal")
-    group.add_argument("--num_workers", type=int, default=16, help="films fetched at the same time")
-    group.add_argument("--overwrite", action="store_true", help="replace a set made in another way; reuses its films")
-    group.add_argument(
-        "--add", action="store_true", help="add the source to the set that is there, and fold both anew"
-    )
-    group = parser.add_argument_group("instead")
-    group.add_argument("--list_sources", action="store_true", help="list the sources and their terms, then end")
-    group.add_argument(
-        "--check", type=Path, metavar="DIR", help="check a set, or your own imagefolder: 1 if it has faults"
-    )
-    group.add_argument(
+    add("--num_workers", type=int, default=16, help="films fetched at the same time [16]")
+    add("--overwrite", action="store_true", help="replace a set made in another way; reuses its films")
+    add("--add", action="store_true", help="add the source to the set that is there, and fold both anew")
+    add = parser.add_argument_group("instead").add_argument
+    add("--list_sources", action="store_true", help="list the sources and their terms, then end")
+    add("--check", type=Path, metavar="DIR", help="check a set, or your own imagefolder: 1 if it has faults")
+    add(
         "--pretrained_model_name_or_path",
+        metavar="BASE",
         default=BUNDLED_BASE,
-        help="base that --check counts the captions' tokens for",
+        help=f"that --check counts the captions' tokens for [{BUNDLED_BASE}]",
     )
     return parser.parse_args(argv)
 
