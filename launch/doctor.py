@@ -10,6 +10,7 @@ It starts without any package, so that it can say which ones are missing.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -146,6 +147,7 @@ def examine(named: str | None = None) -> Iterator[Finding]:
     yield from check_cards(cards)
     yield from check_kernels()
     yield check_memory()
+    yield from check_bytecode()
     base = utils.pipeline.canonical_name(named or utils.pipeline.default_base())
     yield check_hub(base)
     yield from check_disks(0 if is_here(base) else BASE_BYTES)
@@ -293,6 +295,17 @@ def check_memory() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Finding("CPU", f"{cores} cores, {gib:.0f} GiB", None if gib > 6 else "a machine with 8 GiB or more")
+
+
+def check_bytecode() -> Iterator[Finding]:
+    """Say where every start compiles thousands of modules anew, which takes longer than all else that it does."""
+    import torch
+
+    if sys.dont_write_bytecode and not os.path.exists(importlib.util.cache_from_source(torch.__file__)):
+        mend = "unset PYTHONDONTWRITEBYTECODE"
+        yield Finding(
+            "start", "slow: packages are not compiled, and Python is told not to keep what it compiles", mend
+        )
 
 
 def check_disks(needed: float) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """The doctor: it names what is broken and what mends it, and for every card the command of its preset."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +224,19 @@ def test_a_full_disk_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "out").symlink_to("/dev")  # another file system, as Drive is
     here, there = doctor.check_disks(0)
     assert str(tmp_path) in here.found and "GB free in /dev" in there.found
+
+
+def test_packages_that_are_compiled_at_every_start_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    for told, said in ((False, 0), (True, 1)):
+        monkeypatch.setattr(sys, "dont_write_bytecode", told)
+        assert len(list(doctor.check_bytecode())) == said
+    compiled = Path(importlib.util.cache_from_source(torch.__file__))
+    compiled.parent.mkdir()
+    compiled.touch()
+    assert not list(doctor.check_bytecode()), "as pip does it"
 
 
 def test_the_screen_ends_in_the_command_or_in_what_is_broken(
