@@ -329,5 +329,6 @@ def test_lossless_jpeg_is_read_in_a_process_that_may_fall(tmp_path: Path, place:
     if place is not None:
         content[place : place + 40] = bytes(range(40, 80))
     (tmp_path / "film.dcm").write_bytes(content)
-    with pytest.raises(UnusableFilm, match="colour picture" if place is None else "colour picture|cannot be decoded"):
+    reasons = "colour picture" if place is None else "colour picture|cannot be decoded|blank"  # by version of GDCM
+    with pytest.raises(UnusableFilm, match=reasons):
         decode_film(tmp_path / "film.dcm")

@@ -75,7 +75,10 @@ def count_local_processes(num_processes: int) -> int:
 
 def allow_tf32(allowed: bool) -> None:
     """Let CUDA's fp32 products and convolutions round to 10 bits of mantissa, or not; PyTorch lets convolutions by itself."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    with warnings.catch_warnings():
+        # PyTorch 2.9 asks for other names, and then raises where a library, such as its own compiler, reads these
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> None:
