@@ -329,6 +329,5 @@ def test_lossless_jpeg_is_read_in_a_process_that_may_fall(tmp_path: Path, place:
     if place is not None:
         content[place : place + 40] = bytes(range(40, 80))
     (tmp_path / "film.dcm").write_bytes(content)
-    reasons = "colour picture" if place is None else "colour picture|cannot be decoded|blank"  # by version of GDCM
-    with pytest.raises(UnusableFilm, match=reasons):
+    with pytest.raises(UnusableFilm, match="colour picture" if place is None else "colour picture|cannot be decoded"):
         decode_film(tmp_path / "film.dcm")
